@@ -1,0 +1,752 @@
+"""From a text to a batch you can look at: tokenizer, conversation format, tasks, the procedural source, readers.
+
+    batch field         shape    dtype    who reads it
+    context_ids         (B, N)   int64    the reading pass                       } absent in the base stage, where the
+    context_mask        (B, N)   bool     1 = real token                         } text stands in the prompt
+    input_ids           (B, S)   int64    the answering pass: the conversation
+    attention_mask      (B, S)   bool
+    weights             (B, S)   float32  weight of the loss of predicting input_ids[:, t]; 0 = not counted
+
+One conversation (tokens between bars, the ones that carry loss in capitals); ids and weights come from one call:
+
+    <|im_start|>|user|\n| where| is| the| parrot|?|<|im_end|>|\n|<|im_start|>|assistant|\n| THE| LIGHTHOUSE|<|IM_END|>|\n
+
+`python data.py` prints examples of every task in colour; `python data.py --write FILE --count 1000` writes a held-out
+evaluation set as JSON lines.
+"""
+import argparse
+import base64
+import heapq
+import json
+import lzma
+import os
+import random
+import re
+import sys
+import zlib
+from collections import Counter, defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from model import UserError, read_json, write_file, write_json
+
+ASSETS = Path(__file__).parent / "assets"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<RECON>", "<COMP>"]
+# words with their space, digits one by one, runs of signs, white space
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
+
+
+# ---------------------------------------------------------------------------- tokenizer
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE: texts (iterable of str) -> {bytes: rank} of vocab_size - len(SPECIAL) entries.
+
+    >>> sorted(train_bpe(["aaab aaab"], 256 + 2 + len(SPECIAL)), key=len)[-1]
+    b'aaa'
+    """
+    import regex   # tiktoken's own dependency; used for training only
+    counts = Counter()
+    for text in texts:
+        counts.update(regex.findall(PATTERN, text))
+    words = [[bytes([b]) for b in word.encode()] for word in counts]
+    weight = list(counts.values())
+    pairs, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += weight[i]
+            where[pair].add(i)
+    ranks = {bytes([b]): b for b in range(256)}
+    heap = [(-count, pair) for pair, count in pairs.items()]       # entries go stale when a count changes: checked on the way out
+    heapq.heapify(heap)
+    while len(ranks) < vocab_size - len(SPECIAL) and heap:
+        count, best = heapq.heappop(heap)
+        if pairs.get(best) != -count:
+            if pairs.get(best):
+                heapq.heappush(heap, (-pairs[best], best))
+            continue
+        joined = b"".join(best)
+        ranks.setdefault(joined, len(ranks))
+        for i in where.pop(best):
+            word, new = words[i], []
+            for pair in zip(word, word[1:]):
+                pairs[pair] -= weight[i]
+                if pairs[pair] <= 0:
+                    del pairs[pair]
+            while word:
+                n = 2 if tuple(word[:2]) == best else 1
+                new.append(b"".join(word[:n]))
+                word = word[n:]
+            words[i] = new
+            for pair in zip(new, new[1:]):
+                pairs[pair] += weight[i]
+                where[pair].add(i)
+                if joined in pair:
+                    heapq.heappush(heap, (-pairs[pair], pair))
+        pairs.pop(best, None)
+    return ranks
+
+
+class Tokenizer:
+    """Text <-> ids on top of a tiktoken Encoding.
+
+    With prefix_space (our own vocabularies) every piece of content is encoded behind a space, so that " green" is one and
+    the same token in the text, in the question and as an answer.
+    """
+
+    def __init__(self, ranks, pattern=PATTERN, special=SPECIAL, prefix_space=True):
+        first = max(ranks.values()) + 1
+        self.special = {name: first + i for i, name in enumerate(special)}
+        self.encoding = tiktoken.Encoding("shine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.ranks, self.pattern, self.prefix_space = ranks, pattern, prefix_space
+        self.vocab_size = first + len(special)
+        self.end, self.im_start, self.im_end, self.recon, self.comp = (self.special[name] for name in SPECIAL)
+        self.newline = self.encoding.encode_ordinary("\n")
+        self.roles = {role: [self.im_start, *self.encoding.encode_ordinary(role), *self.newline]
+                      for role in ("system", "user", "assistant")}
+
+    def encode(self, text):
+        """str -> ids. Special tokens written in the text stay ordinary text."""
+        if not text:
+            return []
+        text = text.encode("utf-8", "replace").decode()      # a lone surrogate cannot be encoded
+        return self.encoding.encode_ordinary(" " + text if self.prefix_space else text)
+
+    def decode(self, ids):
+        """ids -> str, the inverse of encode."""
+        text = self.encoding.decode(list(ids))
+        return text[1:] if self.prefix_space and text[:1] == " " else text
+
+    def save(self, folder):
+        ranks = [base64.b64encode(token).decode() for token, _ in sorted(self.ranks.items(), key=lambda kv: kv[1])]
+        write_json(Path(folder) / "bpe.json", {"pattern": self.pattern, "special": list(self.special),
+                                               "prefix_space": self.prefix_space, "ranks": ranks})
+
+    @classmethod
+    def load(cls, folder):
+        path = Path(folder) / "bpe.json"
+        raw = read_json(path)
+        try:
+            ranks = {base64.b64decode(token): i for i, token in enumerate(raw["ranks"])}
+            return cls(ranks, raw["pattern"], raw["special"], raw["prefix_space"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not one of our tokenizers ({error!r})") from None
+
+
+# ---------------------------------------------------------------------------- conversations
+def render(tokenizer, turns, context=None, context_weight=0.0, open_ended=False):
+    """A conversation -> (ids, weights), lists of one length. ChatML, the text in a system turn where there is one.
+
+    turns: [(role, content)], content a str or a list of ids. Loss is on the assistant's content and its <|im_end|>;
+    `context_weight` is the weight of the text's own tokens. open_ended ends with an open assistant turn, for generation.
+    """
+    ids, weights = [], []
+
+    def add(part, weight):
+        ids.extend(part)
+        weights.extend([weight] * len(part))
+
+    if context is not None:
+        turns = [("system", context), *turns]
+    for role, content in turns:
+        weight = {"assistant": 1.0, "system": context_weight}.get(role, 0.0)
+        add(tokenizer.roles[role], 0.0)
+        add(tokenizer.encode(content) if isinstance(content, str) else content, weight)
+        add([tokenizer.im_end], 1.0 if role == "assistant" else 0.0)
+        add(tokenizer.newline, 0.0)
+    if open_ended:
+        add(tokenizer.roles["assistant"], 0.0)
+    return ids, weights
+
+
+def reconstruction(tokenizer, texts, rng):
+    """Paper, section 6: several texts in one context, one `<RECON>` turn for each. -> (context ids, turns)"""
+    order = rng.sample(texts, len(texts))
+    context = join([tokenizer.encode(t) for t in texts], tokenizer.end)
+    return context, [turn for t in order for turn in (("user", [tokenizer.recon]), ("assistant", t))]
+
+
+def completion(tokenizer, texts, rng):
+    """The same with each text's last 10-30 % cut away between words; the `<COMP>` turn answers the whole text."""
+    cut = []
+    for text in texts:
+        words = text.split(" ")
+        keep = max(1, len(words) - max(1, round(len(words) * rng.uniform(0.1, 0.3))))
+        cut.append(" ".join(words[:keep]))
+    order = rng.sample(texts, len(texts))
+    context = join([tokenizer.encode(t) for t in cut], tokenizer.end)
+    return context, [turn for t in order for turn in (("user", [tokenizer.comp]), ("assistant", t))]
+
+
+def join(parts, separator):
+    out = list(parts[0])
+    for part in parts[1:]:
+        out += [separator, *part]
+    return out
+
+
+# ---------------------------------------------------------------------------- the procedural source
+def held_out(line):
+    """One line in eight, chosen by its own text, is never used in training: evaluation texts are made of those."""
+    return zlib.crc32(line.encode()) % 8 == 0
+
+
+def read_lines(path):
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+
+
+SLOT = re.compile(r"\{(\w)('s|\.\w+|\^)?\}")
+CAST = {"person", "pet", "town"}
+CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because|since|before|after|as|if|though|although|so|or|until|is|was|does|did|has|can|will))\s*$", re.I)
+
+
+class Frame:
+    """One fact: its slots, statements, questions; see assets/README.md. A template is (line, slot names)."""
+
+    def __init__(self, head, where):
+        match = re.fullmatch(r"\[([\w.-]+)\]((?: +\w=\w+)*)\s*", head)
+        if not match:
+            raise UserError(f"{where}: a frame's head reads [topic.name] slot=type ..., not {head!r}")
+        self.name, self.topic = match[1], match[1].split(".")[0]
+        self.slots = dict(pair.split("=") for pair in match[2].split())
+        self.cast = [s for s, t in self.slots.items() if t in CAST]
+        self.values = [s for s, t in self.slots.items() if t not in CAST]
+        self.facts = max(1, len(self.slots) - 1)                      # values tied to a subject
+        self.statements, self.questions, self.checks = [], [], []     # [line], [(line, answer)], [line]
+
+    def add(self, line, where):
+        kind, _, body = line.partition(" ")
+        slots = {m[1] for m in SLOT.finditer(body)}
+        if slots - set(self.slots):
+            raise UserError(f"{where}: slot {min(slots - set(self.slots))} is not in the head of [{self.name}]")
+        if kind == "." and body:
+            self.statements.append(body)
+        elif kind == "?" and " = " in body:
+            self.questions.append(tuple(body.rsplit(" = ", 1)))
+        elif kind == "!" and body:
+            self.checks.append(body)
+        else:
+            raise UserError(f"{where}: a line starts with '. statement', '? question = answer' or '! question', not {line!r}")
+
+
+@lru_cache(maxsize=None)
+def load_assets(folder=ASSETS):
+    """-> ({type: [value]}, [Frame]); a bad line is named."""
+    words = {p.stem: read_lines(p) for p in sorted((folder / "words").glob("*.txt"))}
+    frames = []
+    for path in sorted((folder / "frames").glob("*.txt")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            where, line = f"{path.name}:{number}", line.strip()
+            if line.startswith("["):
+                frames.append(Frame(line, where))
+                unknown = {t for t in frames[-1].slots.values() if t not in CAST and t not in words}
+                if unknown:
+                    raise UserError(f"{where}: there is no word list {min(unknown)}.txt")
+            elif line and not line.startswith("#"):
+                frames[-1].add(line, where)
+    return words, frames
+
+
+class Character:
+    """A person, pet or town that all frames of a text share, and its forms."""
+
+    def __init__(self, kind, name, gender):
+        self.kind, self.name, self.gender = kind, name, gender       # gender: f, m, it, I
+        subject, object_, possessive, reflexive = {
+            "f": ("she", "her", "her", "herself"), "m": ("he", "him", "his", "himself"),
+            "it": ("it", "it", "its", "itself"), "I": ("I", "me", "my", "myself")}[gender]
+        I = gender == "I"
+        self.pronoun = {"": subject, "'s": possessive, ".o": object_}
+        self.forms = {"": "I" if I else name, "'s": "my" if I else name + "'s", ".o": "me" if I else name, "^": "I" if I else name,
+                      ".he": subject, ".him": object_, ".his": possessive, ".himself": reflexive,
+                      ".it": subject, ".its": possessive, ".itself": reflexive, "answer": "you" if I else name}
+
+
+class Fact:
+    """A frame with its slots filled, and the statement that was chosen for it."""
+
+    def __init__(self, frame, values, statement):
+        self.frame, self.values, self.statement = frame, values, statement
+        self.said = {m[1] for m in SLOT.finditer(statement)}
+
+    @property
+    def hero(self):
+        return self.values[self.frame.cast[0]] if self.frame.cast else None
+
+
+class Source:
+    """Endless texts with conversations, made from the word lists and frames.
+
+    split "train" uses what held_out() leaves; "heldout" draws names and values from the lines never used in training and
+    phrasings from all lines. `sample(rng)` -> {"context", "conversations", "meta"}.
+    """
+
+    def __init__(self, split="train", max_facts=8, folder=ASSETS):
+        assert split in ("train", "heldout"), split
+        words, self.frames = load_assets(folder)
+        self.split, self.max_facts = split, max_facts
+        self.words = {}
+        for kind, lines in words.items():
+            part = [w for w in lines if held_out(w) == (split == "heldout")] if len(lines) >= 60 else lines
+            self.words[kind] = part or lines
+        self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
+                        "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
+
+    def choose(self, lines, rng, key=lambda line: line):
+        """A phrasing: in training never one that is held out, as long as three others are left."""
+        seen = [line for line in lines if not held_out(key(line))]
+        return rng.choice(seen if self.split == "train" and len(seen) >= 3 else lines)
+
+    def value(self, kind, rng, depth=0):
+        """A value of a word list, its own {braces} expanded."""
+        def expand(match):
+            inner = match[1]
+            if "-" in inner:
+                low, high = inner.split("-")
+                return str(rng.randint(int(low), int(high)))
+            word = self.value(inner[0].lower() + inner[1:], rng, depth + 1)
+            return " ".join(w[:1].upper() + w[1:] for w in word.split(" ")) if inner[0].isupper() else word
+        line = rng.choice(self.words[kind])
+        return re.sub(r"\{([\w-]+)\}", expand, line) if "{" in line else line
+
+    def fresh(self, kind, rng, used):
+        for _ in range(20):
+            value = self.value(kind, rng)
+            if value.lower() not in used:
+                break
+        used.add(value.lower())
+        return value
+
+    def make_cast(self, rng, used):
+        people = []
+        for i in range(rng.choice((1, 1, 2, 2, 2, 3))):
+            if i == 0 and rng.random() < 0.12:
+                people.append(Character("person", "I", "I"))
+                continue
+            gender = rng.choice("fm")
+            kind = "newname" if rng.random() < 0.15 else {"f": "names_female", "m": "names_male"}[gender]
+            people.append(Character("person", self.fresh(kind, rng, used), gender))
+        pets = [Character("pet", self.fresh("petname" if rng.random() < 0.8 else "newname", rng, used), rng.choice(("f", "m", "it")))
+                for _ in range(2)]
+        towns = [Character("town", self.fresh(rng.choice(("city", "newplace")), rng, used), "it") for _ in range(2)]
+        return {"person": people, "pet": pets, "town": towns}
+
+    def make_fact(self, frame, cast, rng, used, taken):
+        """Fill a frame, or None when its cast is too small or its topic was used for this hero."""
+        values = {}
+        for slot in frame.cast:
+            free = [c for c in cast[frame.slots[slot]] if c not in values.values()
+                    and not (c.gender == "I" and slot != frame.cast[0])]
+            if not free and frame.slots[slot] == "person" and len(cast["person"]) < 4:
+                gender = rng.choice("fm")
+                free = [Character("person", self.fresh({"f": "names_female", "m": "names_male"}[gender], rng, used), gender)]
+                cast["person"] += free
+            if not free:
+                return None
+            values[slot] = rng.choice(free)
+        key = (frame.topic, values[frame.cast[0]] if frame.cast else frame.name)
+        if key in taken:
+            return None
+        taken.add(key)
+        for slot in frame.values:
+            values[slot] = self.fresh(frame.slots[slot], rng, used)
+        return Fact(frame, values, self.choose(frame.statements, rng))
+
+    def fill(self, line, values, pronoun_for=None, answer=False, changed=()):
+        """Put values into a template; `pronoun_for`: the character whose first mention becomes a pronoun."""
+        first_person = any(isinstance(v, Character) and v.gender == "I" for v in values.values())
+        line = re.sub(r"\b([\w']+)/([\w']+)\b", lambda m: m[2] if first_person else m[1], line)
+
+        def put(match):
+            nonlocal pronoun_for
+            value, form = values[match[1]], match[2] or ""
+            if not isinstance(value, Character):
+                return value[:1].upper() + value[1:] if form == "^" else value
+            if value is pronoun_for and form in value.pronoun:
+                pronoun_for = None
+                return value.pronoun[form]
+            if form == ".it" and not CLAUSE.search(line[:match.start()]):     # not where a clause starts: the object
+                return value.pronoun[".o"]
+            return value.forms["answer" if answer and not form else form]
+        return mend(SLOT.sub(put, line), sentence=not answer)
+
+    def text(self, facts, rng):
+        """Statements in random order; a subject said in the sentence before may become a pronoun."""
+        parts, before = [], None
+        for fact in facts:
+            hero, line = fact.hero, fact.statement
+            heroes = [v for v in fact.values.values() if isinstance(v, Character)]
+            starts = hero and line.startswith(("{" + fact.frame.cast[0] + "}", "{" + fact.frame.cast[0] + "'s}"))
+            swap = starts and hero is before and hero.gender != "I" and rng.random() < 0.5
+            parts.append(self.fill(line, fact.values, hero if swap else None))
+            before = hero if len(heroes) == 1 else None
+        return ("\n" if rng.random() < 0.08 else " ").join(parts)
+
+    def questions(self, facts, rng):
+        """All questions the facts answer: [(question line, answer, fact, check)]; one with two answers is left out."""
+        asked, answers = [], defaultdict(set)
+        for fact in facts:
+            lines = fact.frame.questions
+            if self.split == "train":
+                seen = [q for q in lines if not held_out(q[0])]
+                lines = seen if len(seen) >= 3 else lines
+            for line, answer in lines:
+                if {m[1] for m in SLOT.finditer(line + answer)} <= fact.said:
+                    answer = self.fill(answer, fact.values, answer=True)
+                    answers[self.fill(line, fact.values)].add(answer)
+                    asked.append((line, answer, fact, False))
+            for line in fact.frame.checks:
+                slots = [m[1] for m in SLOT.finditer(line)]
+                if set(slots) <= fact.said:
+                    asked.append((line, "yes", fact, True))
+        return [q for q in asked if q[3] or len(answers[self.fill(q[0], q[2].values)]) == 1]
+
+    def ask(self, item, rng, cast, before, used):
+        """One question of `questions` as a user types it -> (question, answer). `before` is the item asked just before."""
+        line, answer, fact, check = item
+        values = fact.values
+        if check and rng.random() < 0.5:
+            slots = [m[1] for m in SLOT.finditer(line) if m[1] in fact.frame.values]
+            if slots:
+                values, answer = values | {slots[-1]: self.fresh(fact.frame.slots[slots[-1]], rng, used)}, "no"
+        slots = [m[0] for m in SLOT.finditer(line)]
+        hero = fact.hero
+        if before and before[0] == line and before[2] is not fact and hero and hero.gender != "I" and len(slots) == 1 and rng.random() < 0.6:
+            return rng.choice(("And {}?", "What about {}?", "How about {}?", "and {}?")).format(self.fill(slots[0], values).rstrip(".")), answer
+        people = [c for c in cast["person"]]
+        alone = len(people) == 1 and rng.random() < 0.15
+        same = before and before[2].hero is hero and rng.random() < 0.4 and "?" not in before[1]
+        persons = {v for v in values.values() if isinstance(v, Character) and v.kind == "person"}
+        pronoun = hero if hero and hero.gender in "fm" and hero.kind == "person" and (alone or same) and len(persons) == 1 else None
+        return self.fill(line, values, pronoun), answer
+
+    def unanswerable(self, facts, cast, rng):
+        """A question that nothing in the text answers: another topic, or a person who is not in it."""
+        topics = {fact.frame.topic for fact in facts}
+        frame = rng.choice(self.frames)
+        stranger = rng.random() < 0.4 or not frame.cast
+        if stranger:
+            frame = rng.choice(facts).frame
+            if not frame.cast:
+                return None
+        elif frame.topic in topics:
+            return None
+        lines = [q for q, _ in frame.questions if {m[1] for m in SLOT.finditer(q)} == {frame.cast[0]}]
+        if not lines:
+            return None
+        kind = frame.slots[frame.cast[0]]
+        free = [c for c in self.make_cast(rng, set())[kind] if c.gender != "I"] if stranger else \
+               [fact.hero for fact in facts if fact.hero and fact.hero.kind == kind]
+        return self.fill(self.choose(lines, rng), {frame.cast[0]: rng.choice(free)}) if free else None
+
+    def sample(self, rng, n_facts=None, n_turns=None):
+        """One text with a conversation: {"context", "conversations", "meta": {"facts", "turns": [kind]}}."""
+        while True:
+            used, taken, facts = set(), set(), []
+            cast = self.make_cast(rng, used)
+            n = n_facts or rng.randint(1, self.max_facts)
+            pool = self.by_cast[rng.choices(("person", "other", "all"), (5, 3, 3))[0]]
+            while sum(fact.frame.facts for fact in facts) < n:
+                again = facts and rng.random() < 0.35
+                frame = rng.choice(facts).frame if again else rng.choice(pool)
+                fact = self.make_fact(frame, cast, rng, used, taken)
+                if fact and sum(f.frame.facts for f in facts) + frame.facts <= n + 1:
+                    facts.append(fact)
+                elif again and rng.random() < 0.5:
+                    pool = self.frames
+            rng.shuffle(facts)
+            items = self.questions(facts, rng)
+            if items:
+                break
+        context = self.text(facts, rng)
+        turns, kinds, before = [], [], None
+        checks, items = [q for q in items if q[3]], [q for q in items if not q[3]]
+        for _ in range(n_turns or rng.randint(1, 8)):
+            dice = rng.random()
+            if dice < 0.08 and (question := self.unanswerable(facts, cast, rng)):
+                kind, answer, item = "unknown", UNKNOWN, None
+            elif dice < 0.11:
+                kind, item = "small talk", None
+                question, answer = rng.choice(small_talk())
+            elif dice < 0.13 and any(f.hero for f in facts):
+                kind, item = "about", None
+                names = list(dict.fromkeys(f.hero.forms["answer"] for f in facts if f.hero))
+                question = rng.choice(("Who or what is the text about?", "What is the text about?", "What is it about?"))
+                answer = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+            elif dice < 0.19 and checks:
+                kind, item = "yes or no", rng.choice(checks)
+                question, answer = self.ask(item, rng, cast, before, used)
+            elif items:
+                follow = [q for q in items if before and q[0] == before[0] and q[2] is not before[2]]
+                item = rng.choice(follow) if follow and rng.random() < 0.6 else rng.choice(items)
+                items.remove(item)
+                kind = "fact"
+                question, answer = self.ask(item, rng, cast, before, used)
+            else:
+                break
+            before = item or before
+            if item is None and kind == "unknown":
+                before = None
+            turns += [{"role": "user", "content": casual(question, rng)}, {"role": "assistant", "content": answer}]
+            kinds.append(kind)
+        return {"context": context, "conversations": turns, "meta": {"facts": sum(fact.frame.facts for fact in facts), "turns": kinds}}
+
+
+def mend(text, sentence=True):
+    """a -> an before a vowel; capitals at the start of sentences."""
+    text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|use|usu|eu|Eu|one\b|once|Uni|ukulele|ute)", r"\1n ", text)
+    text = re.sub(r"\b([Aa]) (?=hour|honest|heir)", r"\1n ", text)
+    return re.sub(r"(^|[.!?:]\s+|\n)([a-z])", lambda m: m[1] + m[2].upper() if m[1][:1] != ":" else m[0], text) if sentence else text
+
+
+def casual(question, rng):
+    """Questions as people type them: sometimes no capital, no question mark."""
+    dice = rng.random()
+    if dice < 0.06:
+        question = question[:1].lower() + question[1:] if not question.startswith("I ") else question
+    elif dice < 0.09:
+        question = question.lower()
+    return question.rstrip("?") if rng.random() < 0.07 else question
+
+
+@lru_cache(maxsize=None)
+def small_talk(folder=ASSETS):
+    """[(what the user says, the reply)] from assets/small_talk.txt."""
+    return [tuple(line.split(" = ", 1)) for line in read_lines(folder / "small_talk.txt")]
+
+
+# ---------------------------------------------------------------------------- real data
+def read_texts(folder):
+    """Documents of all .txt and .txt.xz files of a folder; a line <|endoftext|> ends one. -> [str]"""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.name.endswith((".txt", ".txt.xz")))
+    if not paths:
+        raise UserError(f"{folder} holds no .txt or .txt.xz file")
+    documents = []
+    for path in paths:
+        try:
+            with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+                documents += [d.strip() for d in file.read().split("<|endoftext|>") if d.strip()]
+        except (OSError, lzma.LZMAError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    return documents
+
+
+def read_conversations(path, strict=False, say=lambda line: print(line, file=sys.stderr)):
+    """JSON lines {"context", "conversations": [{"role", "content"}, ...]} -> [dict]; broken lines are named and counted."""
+    def check(record):
+        if not isinstance(record.get("context"), str) or not record["context"].strip():
+            return "no context"
+        turns = record.get("conversations")
+        if not isinstance(turns, list) or not turns or len(turns) % 2:
+            return "conversations is not a list of question and answer in turn"
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or turn.get("role") != ("user", "assistant")[i % 2] or not isinstance(turn.get("content"), str):
+                return f"turn {i} is not {{'role': '{('user', 'assistant')[i % 2]}', 'content': text}}"
+        return None
+
+    records, skipped = [], 0
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            wrong = check(record) if isinstance(record, dict) else "not a JSON object"
+        except ValueError as error:
+            wrong = f"not JSON ({error})"
+        if wrong is None:
+            records.append(record)
+        elif strict:
+            raise UserError(f"{path}, line {number}: {wrong}")
+        else:
+            skipped += 1
+            say(f"{path}, line {number}: {wrong}; skipped")
+    if skipped:
+        say(f"{path}: {skipped} of {skipped + len(records)} lines skipped")
+    if not records:
+        raise UserError(f"{path} holds no usable conversation")
+    return records
+
+
+# ---------------------------------------------------------------------------- examples and batches
+class Examples:
+    """Examples of a stage, each a pure function of (seed, index): a run can go on anywhere.
+
+    stage "base":      (None, ids, weights): the text in a system turn
+    stage "pretrain":  (context ids, ids, weights): reconstruction and completion, half each
+    stage "finetune":  (context ids, ids, weights): questions
+    texts: documents of plain text; records: conversations on real texts, one list a file. Both are mixed in by the shares below.
+    """
+
+    def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
+                 text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0):
+        self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
+        self.context_length, self.conversation_length = context_length, conversation_length
+        self.texts, self.records = texts, records
+        self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
+        self.question_share = question_share      # share of question examples in the pretrain stage
+        self.source, self.max_facts = Source(max_facts=max_facts), max_facts
+        self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
+
+    def __call__(self, index):
+        self.source.max_facts = min(self.max_facts, 2 + int(self.max_facts * index / self.curriculum)) if self.curriculum else self.max_facts
+        rng = random.Random(self.seed * 1_000_003 + index)
+        while True:
+            context, ids, weights = getattr(self, self.stage)(rng)
+            if len(ids) <= self.conversation_length + (self.context_length if context is None else 0) and any(weights) \
+                    and (context is None or 0 < len(context) <= self.context_length):
+                return context, ids, weights
+
+    def passage(self, rng, low=6, high=90):
+        """A run of whole sentences of a real document, or a generated text."""
+        if rng.random() >= self.text_share:
+            return self.source.sample(rng, rng.choice((1, 1, 2, 2, 3, 4, 6)), 1)["context"]
+        document = rng.choice(self.texts)
+        start = rng.randrange(max(1, len(document) - 200))
+        start = document.find(" ", start) + 1 if start else 0
+        piece = document[start:start + rng.randint(low, high) * 6]
+        stop = max(piece.rfind(". "), piece.rfind('." '), piece.rfind("\n"))
+        return (piece[:stop + 1] if stop > 20 else piece).strip() or "Nothing."
+
+    def record(self, rng):
+        """A (context, turns) pair with questions: generated, or real."""
+        if rng.random() < self.record_share:
+            record = rng.choice(rng.choice(self.records))
+            turns = [(t["role"], t["content"]) for t in record["conversations"]]
+            pairs = [turns[i:i + 2] for i in range(0, len(turns), 2)]
+            if len(pairs) > 8:
+                pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
+            return record["context"], [turn for pair in pairs for turn in pair]
+        sample = self.source.sample(rng)
+        return sample["context"], [(t["role"], t["content"]) for t in sample["conversations"]]
+
+    def base(self, rng):
+        tok, dice = self.tokenizer, rng.random()
+        if dice < 0.22:                                       # repeat or complete the text: copying
+            context, turns = (reconstruction if rng.random() < 0.85 else completion)(tok, [self.passage(rng)], rng)
+            return None, *render(tok, turns, context, context_weight=0.05)
+        if dice < 0.22 + 0.1 * bool(self.texts):              # plain text
+            ids = [tok.end, *tok.encode(self.passage(rng, 60, 200)), tok.end]
+            return None, ids, [0.0] + [0.1] * (len(ids) - 1)
+        context, turns = self.record(rng)
+        if rng.random() < 0.06:                               # the same questions without a text
+            known = {reply for _, reply in small_talk()}
+            turns = [(role, content if role == "user" or content in known else NO_TEXT) for role, content in turns[:4]]
+            return None, *render(tok, turns)
+        return None, *render(tok, turns, context, context_weight=0.05)
+
+    def pretrain(self, rng):
+        tok = self.tokenizer
+        if rng.random() < self.question_share:
+            return self.finetune(rng)
+        texts = [self.passage(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+        while len(texts) > 1 and sum(len(t) for t in texts) > 4 * self.context_length // 2:
+            texts.pop()
+        context, turns = (reconstruction if rng.random() < 0.5 else completion)(tok, texts, rng)
+        return context, *render(tok, turns)
+
+    def finetune(self, rng):
+        context, turns = self.record(rng)
+        return self.tokenizer.encode(context), *render(self.tokenizer, turns)
+
+
+def pad(rows, value, multiple=32):
+    """Lists of different lengths -> (B, T) tensor, padded on the right to a multiple (few shapes: few compilations), and its mask."""
+    length = max(map(len, rows))
+    if length > 4 * multiple:
+        multiple *= 2
+    length = -(-length // multiple) * multiple
+    ids = torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+    return ids, mask
+
+
+def collate(examples, tokenizer):
+    """Examples -> batch, the table at the top of this file."""
+    contexts, rows, weights = zip(*examples)
+    batch = {}
+    batch["input_ids"], batch["attention_mask"] = pad(rows, tokenizer.end)
+    batch["weights"] = pad(weights, 0.0)[0].float()
+    if contexts[0] is not None:
+        batch["context_ids"], batch["context_mask"] = pad(contexts, tokenizer.end)
+    return batch
+
+
+def batches(examples, batch_size, start=0, rank=0, world=1, pool=16):
+    """Endless batches from number `start` on; of each global batch this rank takes its part.
+
+    Examples are made in pools of `pool` batches and sorted by length inside one, so that little is padding.
+    """
+    number = start
+    while True:
+        first = number // pool * pool
+        rng = random.Random(first)
+        made = [examples(i) for i in range(first * batch_size * world, (first + pool) * batch_size * world)]
+        made.sort(key=lambda e: (len(e[1]) + len(e[0] or ()), len(e[1])))
+        groups = [made[i:i + batch_size * world] for i in range(0, len(made), batch_size * world)]
+        rng.shuffle(groups)
+        for group in groups[number - first:]:
+            yield collate(group[rank::world], examples.tokenizer)
+            number += 1
+
+
+# ---------------------------------------------------------------------------- python data.py
+def show(tokenizer, context, ids, weights):
+    """Print one example: the context grey, tokens that carry loss green, one bar between tokens."""
+    piece = lambda i: tokenizer.encoding.decode([i]).replace("\n", "\\n")
+    if context:
+        print("\033[90m" + "|".join(map(piece, context)) + "\033[0m")
+    print("|".join(f"\033[92m{piece(i)}\033[0m" if w >= 1 else f"\033[33m{piece(i)}\033[0m" if w else piece(i)
+                   for i, w in zip(ids, weights)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Show examples of every task, or write a held-out evaluation set.")
+    parser.add_argument("--model", default=str(ASSETS.parent / "checkpoints/tiny"), help="folder with the tokenizer")
+    parser.add_argument("--count", type=int, default=3, help="examples of each task, or texts to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", metavar="FILE", help="write generated texts with questions as JSON lines")
+    parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="of the texts to write")
+    parser.add_argument("--facts", type=int, help="facts in each text to write (default: 1 to 8)")
+    parser.add_argument("--turns", type=int, help="questions on each text to write (default: 1 to 8)")
+    parser.add_argument("--text", help="folder of .txt or .txt.xz files to mix in")
+    parser.add_argument("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
+    args = parser.parse_args(argv)
+    if args.write:
+        source = Source(args.split)
+        rows = [source.sample(random.Random(args.seed * 7919 + i), args.facts, args.turns) for i in range(args.count)]
+        write_file(args.write, lambda p: p.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"))
+        print(f"{len(rows)} texts, {sum(len(r['meta']['turns']) for r in rows)} questions written to {args.write}")
+        return
+    tokenizer = Tokenizer.load(args.model)
+    texts = read_texts(args.text) if args.text else ()
+    records = [read_conversations(path) for path in args.qa]
+    for stage, what in (("base", "the text in the prompt; yellow tokens carry little loss"),
+                        ("pretrain", "reconstruction and completion"), ("finetune", "questions")):
+        examples = Examples(stage, tokenizer, texts=texts, records=records, seed=args.seed)
+        print(f"\n=== {stage}: {what}")
+        for i in range(args.count):
+            show(tokenizer, *examples(i))
+            print()
+
+
+def run(main):
+    """Run a command: a UserError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:      # the reader of our pipe has gone
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,474 @@
+"""The language model: a decoder-only transformer with the Qwen3 computation, and LoRA as an argument.
+
+Shapes, with the symbols of the paper: B batch, T tokens of a row (N of a context, S of a conversation), L layers,
+H hidden_size, M memory tokens, r LoRA rank, q = num_attention_heads * head_dim, k = num_key_value_heads * head_dim,
+I intermediate_size, V vocab_size.
+
+    ids (B, T) -> embed_tokens -> (B, T, H) -> L x decoder layer -> norm -> lm_head -> logits (B, T, V)
+
+    the seven linears     in -> out      A          B            y = x W^T + (x A) B            (paper, section 5)
+    self_attn.q_proj      H  -> q        (H, r)     (r, q)       x (B, T, in)   y (B, T, out)   W (out, in)
+    self_attn.k_proj      H  -> k        (H, r)     (r, k)       one pair (A, B) shared by all rows as above, or
+    self_attn.v_proj      H  -> k        (H, r)     (r, k)       one pair a row: A (B, in, r), B (B, r, out)
+    self_attn.o_proj      q  -> H        (q, r)     (r, H)
+    mlp.gate_proj         H  -> I        (H, r)     (r, I)
+    mlp.up_proj           H  -> I        (H, r)     (r, I)
+    mlp.down_proj         I  -> H        (I, r)     (r, H)
+
+This file knows no text, no optimizer and no M2P. Parameter and config names are those of Hugging Face's Qwen3, so a
+folder with config.json and model.safetensors loads by name.
+"""
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+class UserError(Exception):
+    """What the user can mend: one line that says what is wrong and what to do. The commands print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a language model; the field names are those of a Hugging Face Qwen3 config.json."""
+    vocab_size: int = 512
+    hidden_size: int = 48             # H
+    num_hidden_layers: int = 2        # L
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2      # heads / kv heads query heads share one key-value head
+    head_dim: int = 12                # heads * head_dim need not be H
+    intermediate_size: int = 96       # I, of the SwiGLU
+    rope_theta: float = 10000.0       # base of the rotary frequencies
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True  # the output matrix is the input embedding
+    max_position_embeddings: int = 1024
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                            f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs")
+
+    @classmethod
+    def load(cls, folder):
+        """Read folder/config.json. Fields we do not have are ignored unless they change the computation."""
+        raw = read_json(Path(folder) / "config.json")
+        for key, plain in (("attention_bias", False), ("rope_scaling", None), ("use_sliding_window", False),
+                           ("hidden_act", "silu"), ("model_type", "qwen3")):
+            if raw.get(key, plain) != plain:
+                raise UserError(f"{folder}/config.json: {key} = {raw[key]!r} is not supported, only {plain!r}")
+        known = {f.name for f in fields(cls)}
+        missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} - set(raw)
+        if missing:
+            raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+        raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        return cls(**{k: v for k, v in raw.items() if k in known})
+
+    def save(self, folder):
+        head = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False}
+        write_json(Path(folder) / "config.json", head | asdict(self))
+
+
+PRESETS = {  # our own models: the same class at other sizes; vocab_size comes from the tokenizer
+    "test": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                 intermediate_size=64),                                                  # 0.02 M + embeddings: the suite
+    "tiny": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
+                 intermediate_size=512),                                                 # 2.4 M + embeddings: a laptop
+    "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=3, head_dim=64,
+                  intermediate_size=1024, max_position_embeddings=2048),                 # 19.5 M + embeddings: one GPU
+}
+
+
+# ---------------------------------------------------------------------------- LoRA: the layout, said once
+def lora_layout(config):
+    """The seven linears of a decoder layer in the paper's order: [(name, in, out)]. Everything about LoRA walks this.
+
+    >>> [(n.split(".")[1], i, o) for n, i, o in lora_layout(Config())][:2]
+    [('q_proj', 48, 48), ('k_proj', 48, 24)]
+    """
+    H, I = config.hidden_size, config.intermediate_size
+    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return [("self_attn.q_proj", H, q), ("self_attn.k_proj", H, k), ("self_attn.v_proj", H, k), ("self_attn.o_proj", q, H),
+            ("mlp.gate_proj", H, I), ("mlp.up_proj", H, I), ("mlp.down_proj", I, H)]
+
+
+def lora_size(config, r):
+    """P, the numbers a LoRA of rank r has in one layer: r * sum(in + out)."""
+    return r * sum(n_in + n_out for _, n_in, n_out in lora_layout(config))
+
+
+def cut(flat, config, r):
+    """Cut flat parameters into a LoRA; no parameter is involved (paper, section 4).
+
+    flat (L, P) or (B, L, P), row-major: for each linear in layout order first A (in, r), then B (r, out).
+    Returns a LoRA: a list over the L layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out).
+    """
+    layout, lead = lora_layout(config), flat.shape[:-2]
+    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r)), (flat.shape, r)
+    sizes = [n for _, n_in, n_out in layout for n in (n_in * r, r * n_out)]
+    lora = []
+    for layer in flat.unbind(-2):
+        parts = iter(layer.split(sizes, -1))
+        lora.append({name: (next(parts).reshape(*lead, n_in, r), next(parts).reshape(*lead, r, n_out))
+                     for name, n_in, n_out in layout})
+    return lora
+
+
+def flatten(lora):
+    """The inverse of cut: a LoRA -> flat ([B,] L, P)."""
+    return torch.stack([torch.cat([t.flatten(-2) for pair in layer.values() for t in pair], -1) for layer in lora], -2)
+
+
+def map_lora(fn, lora):
+    """Apply fn to every A and B."""
+    return [{name: (fn(A), fn(B)) for name, (A, B) in layer.items()} for layer in lora]
+
+
+def linear(x, weight, ab=None):
+    """y = x W^T + (x A) B.  x (B, T, in), weight (out, in), ab None or (A, B) with or without a batch axis."""
+    y = F.linear(x, weight.to(x.dtype))
+    if ab is not None:
+        A, B = ab
+        y = y + (x @ A.to(x.dtype)) @ B.to(x.dtype)
+    return y
+
+
+# ---------------------------------------------------------------------------- the transformer
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        z = x.float()
+        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
+        return z.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope(positions, head_dim, theta):
+    """Rotary angles: positions (B, T) -> cos, sin (B, 1, T, head_dim), halves repeated as in Qwen3."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)   # (head_dim / 2,)
+    angle = positions[:, None, :, None].float() * frequency                                           # (B, 1, T, head_dim / 2)
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, head_dim) turned by its position."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens so far, allocated once: (L, B, kv heads, length, head_dim) each."""
+
+    def __init__(self, config, batch, length, dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)   # True where a real token stands
+        self.used, self.length = 0, length
+
+    def store(self, layer, k, v):
+        """Put k, v (B, kv heads, T, head_dim) behind the used positions; return all keys and values up to there."""
+        end = self.used + k.shape[2]
+        assert end <= self.length, f"cache of {self.length} tokens, {end} needed"
+        self.keys[layer, :, :, self.used:end], self.values[layer, :, :, self.used:end] = k, v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj, self.k_proj = nn.Linear(c.hidden_size, q, bias=False), nn.Linear(c.hidden_size, k, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(c.hidden_size, k, bias=False), nn.Linear(q, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x, angles, bias, lora, cache=None, layer=0):
+        """x (B, T, H) -> (B, T, H). bias (B, 1, T, keys) is added to the scores; None means causal over the T tokens."""
+        c, (B, T, _) = self.config, x.shape
+        heads, groups, D = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
+        project = lambda name: linear(x, getattr(self, name).weight, lora.get(f"self_attn.{name}")).view(B, T, -1, D)
+        q = rotate(self.q_norm(project("q_proj")).transpose(1, 2), *angles)      # (B, heads, T, D)
+        k = rotate(self.k_norm(project("k_proj")).transpose(1, 2), *angles)      # (B, kv heads, T, D)
+        v = project("v_proj").transpose(1, 2)
+        if cache is not None:
+            k, v = cache.store(layer, k, v)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if bias is not None and x.device.type == "cpu" and T > 1:   # twice as fast as the masked kernel at small sizes
+            y = torch.softmax(q @ k.transpose(-1, -2) * D ** -0.5 + bias, -1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        y = y.transpose(1, 2).reshape(B, T, heads * D)
+        return linear(y, self.o_proj.weight, lora.get("self_attn.o_proj"))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x, lora):
+        """x (B, T, H) -> (B, T, H)"""
+        gate = linear(x, self.gate_proj.weight, lora.get("mlp.gate_proj"))
+        up = linear(x, self.up_proj.weight, lora.get("mlp.up_proj"))
+        return linear(F.silu(gate) * up, self.down_proj.weight, lora.get("mlp.down_proj"))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+
+    def forward(self, x, angles, bias, lora, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), angles, bias, lora, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x), lora)
+
+
+class Body(nn.Module):
+    """What Hugging Face calls `model.`: embedding, layers, final norm."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only language model. A LoRA is an argument of every call and never kept."""
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config, self.model = config, Body(config)
+        self.compute_dtype = None      # dtype of the activations; None: that of the weights
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        if self.model.embed_tokens.weight.is_meta:
+            return
+        for name, p in self.named_parameters():
+            if p.dim() == 2:   # fan-in scaling; the two matrices that write to the residual stream start smaller
+                depth = math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                p.data.normal_(0, 0.5 / math.sqrt(p.shape[1]) / depth, generator=generator)
+
+    def forward(self, input_ids, attention_mask=None, lora=None):
+        """ids (B, T), mask (B, T) of 1 for real tokens or None -> logits (B, T, V)."""
+        return self.head(self.hidden(input_ids, attention_mask, lora))
+
+    def loss(self, batch, lora=None, total=None):
+        """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6).
+
+        total: what the sum is divided by; None: the sum of this batch's weights. Logits are computed only where a token counts.
+        """
+        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora)
+        weights = batch["weights"][:, 1:]
+        counted = weights > 0
+        logits = self.head(hidden[:, :-1][counted]).float()                                  # (counted tokens, V)
+        losses = F.cross_entropy(logits, batch["input_ids"][:, 1:][counted], reduction="none")
+        return (losses * weights[counted]).sum() / (weights.sum() if total is None else total)
+
+    def head(self, hidden):
+        """hidden (..., H) -> logits (..., V)."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def hidden(self, input_ids, attention_mask=None, lora=None, cache=None):
+        """The states behind the last norm, (B, T, H). With a cache the ids continue what it holds."""
+        return self.model.norm(self._layers(self._embed(input_ids), attention_mask, lora, cache)[0])
+
+    def read(self, input_ids, attention_mask, memory, lora=None):
+        """Read a context (paper, section 3): ids (B, N), mask (B, N) or None, memory (M, H) -> memory states (B, L, M, H).
+
+        The M memory embeddings follow the context; kept are their states after each layer, before the final norm.
+        """
+        x, M = self._embed(input_ids), len(memory)
+        x = torch.cat((x, memory.to(x.dtype).expand(len(x), -1, -1)), 1)                     # (B, N + M, H)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, M), value=1)
+        return torch.stack(self._layers(x, attention_mask, lora, keep=M)[1], 1)
+
+    def _embed(self, input_ids):
+        x = self.model.embed_tokens(input_ids)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def _layers(self, x, mask, lora, cache=None, keep=0):
+        """x (B, T, H) through all layers -> (x, the last `keep` positions after each layer)."""
+        (B, T, _), start = x.shape, 0 if cache is None else cache.used
+        if cache is not None:
+            cache.mask[:, start:start + T] = True if mask is None else mask.bool()
+            mask = cache.mask[:, :start + T]
+        angles, bias = self._positions(x, mask, start)
+        kept = []
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, angles, bias, lora[i] if lora else {}, cache, i)
+            if keep:
+                kept.append(x[:, -keep:])
+        if cache is not None:
+            cache.used += T
+        return x, kept
+
+    def _positions(self, x, mask, start):
+        """Rotary angles and attention bias for T new tokens behind `start` old ones; mask (B, start + T) or None.
+
+        Positions count real tokens only, so that padding on either side changes nothing for them.
+        """
+        (B, T, _), c, device = x.shape, self.config, x.device
+        if mask is None:
+            positions = torch.arange(start, start + T, device=device)[None]
+        else:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        angles = tuple(t.to(x.dtype) for t in rope(positions, c.head_dim, c.rope_theta))
+        if mask is None:
+            return angles, None
+        row = torch.arange(start, start + T, device=device)[:, None]                 # query positions in the padded row
+        column = torch.arange(start + T, device=device)[None]                        # key positions
+        seen = (column <= row) & mask.bool()[:, None, None, :] | (column == row)     # a padded query sees itself: no NaN
+        return angles, torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+    # ------------------------------------------------------------------------ generation
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, lora=None, max_new_tokens=64, stop=(), temperature=0.0, top_k=0,
+                 top_p=1.0, seed=0, cache=None):
+        """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
+
+        temperature 0 is greedy. A row that has given a token in `stop` goes on giving it; the generator ends when all
+        rows have, or after max_new_tokens.
+        """
+        B, T = input_ids.shape
+        p = self.model.norm.weight
+        if cache is None:
+            cache = KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
+        generator = torch.Generator(p.device).manual_seed(seed)
+        stops = torch.tensor(sorted(stop), device=p.device)
+        done, last = torch.zeros(B, dtype=torch.bool, device=p.device), None
+        for _ in range(max_new_tokens):
+            hidden = self.hidden(input_ids, attention_mask, lora, cache)[:, -1]
+            token = pick(self.head(hidden).float(), temperature, top_k, top_p, generator)
+            token = torch.where(done, last, token) if last is not None else token
+            yield token
+            done, last = done | torch.isin(token, stops), token
+            if len(stop) and bool(done.all()):
+                return
+            input_ids, attention_mask = token[:, None], None
+
+    @contextmanager
+    @torch.no_grad()
+    def merged(self, lora):
+        """Inside this block the weights hold W + (A B)^T of one shared LoRA; afterwards each is bitwise what it was."""
+        kept = []
+        try:
+            for layer, pairs in zip(self.model.layers, lora or []):
+                for name, (A, B) in pairs.items():
+                    assert A.shape[:-2].numel() == 1, f"only one LoRA can be merged, this one has {A.shape[0]} rows"
+                    weight = layer.get_submodule(name).weight
+                    kept.append((weight, weight.data))
+                    delta = A.reshape(A.shape[-2:]).float() @ B.reshape(B.shape[-2:]).float()      # (in, out)
+                    weight.data = (weight.float() + delta.T.to(weight.device)).to(weight.dtype)
+            yield self
+        finally:
+            for weight, original in kept:
+                weight.data = original
+
+    # ------------------------------------------------------------------------ folders
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=None):
+        """Read a folder of config.json and model.safetensors; every tensor is checked by name and shape."""
+        config = Config.load(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        path = Path(folder) / "model.safetensors"
+        tensors = read_tensors(path, device)
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        check_tensors(path, tensors, {k: v.shape for k, v in model.state_dict().items()})
+        model.load_state_dict({k: v.to(dtype or v.dtype) for k, v in tensors.items()}, assign=True)
+        return model
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> next token (B,): the largest at temperature 0, else a draw after top-k and top-p."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    ordered, ids = (logits / temperature).sort(-1, descending=True)
+    p = ordered.softmax(-1)
+    out = p.cumsum(-1) - p >= top_p                       # what lies behind the first top_p of the mass
+    if top_k:
+        out[:, top_k:] = True
+    out[:, 0] = False
+    return ids.gather(1, torch.multinomial(p.masked_fill(out, 0), 1, generator=generator))[:, 0]
+
+
+def pick_device(name="auto"):
+    """-> (device, dtype of the activations in training, why). bf16 where the processor multiplies it in hardware."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but no GPU is visible here; use --device cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.bfloat16, "CUDA, bf16"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.device("cpu"), torch.bfloat16 if fast else torch.float32, f"CPU, {'bf16' if fast else 'float32'}"
+
+
+# ---------------------------------------------------------------------------- files, read and written with care
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_tensors(path, device="cpu"):
+    """All tensors of a safetensors file, or a UserError that names the file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
+
+
+def check_tensors(path, tensors, shapes):
+    """Refuse tensors that are missing, left over, or of another shape than `shapes` {name: shape} says."""
+    for name in sorted(set(shapes) | set(tensors)):
+        if name not in tensors:
+            raise UserError(f"{path} lacks the tensor {name}")
+        if name not in shapes:
+            raise UserError(f"{path} holds {name}, which this model does not have")
+        if tuple(tensors[name].shape) != tuple(shapes[name]):
+            raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, expected {tuple(shapes[name])}")
+
+
+def write_file(path, write):
+    """Call write(temporary path), then rename: the file is there whole or not at all, and an older one survives a failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"cannot write {path}: {error}") from None
+        raise
+
+
+def write_json(path, value):
+    write_file(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))

@@ -1,0 +1,459 @@
+"""SHINE: a text becomes LoRA parameters of a language model in one forward pass, and the model then talks about it.
+
+    pass 1, reading (paper, section 3)                    pass 2, answering (section 5)
+    context (B, N) + memory embeddings (M, H)             conversation (B, S), the text is not in it
+            |                                                      |
+    frozen language model + meta LoRA                      frozen language model + generated LoRA -> answer
+            |                                                      ^
+    memory states (B, L, M, H) -> M2P (section 4) -> cut into A, B |
+
+What trains: memory embeddings, meta LoRA, M2P. Nothing else; the language model is the same frozen one in both passes.
+
+    python shine.py "Mara keeps a green parrot called Biscuit in the lighthouse." --chat
+    python shine.py --file notes.txt --ask "Who came?" --ask "When?" --save notes.safetensors
+    python shine.py --load notes.safetensors --chat
+    python shine.py "Some text." --inspect
+"""
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import Tokenizer, pad, render, run
+from m2p import M2P, memory_tokens
+from model import (LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
+                   read_json, read_tensors, write_file, write_json)
+
+DEFAULT_MODEL = Path(__file__).parent / "checkpoints/tiny"
+
+
+@dataclass(frozen=True)
+class ShineConfig:
+    """Sizes of a hypernetwork; M is not among them, it follows (paper, section 4)."""
+    r: int = 4                      # rank of the generated LoRA
+    meta_r: int = 8                 # rank of the trained meta LoRA
+    m2p_layers: int = 4             # D
+    m2p_heads: int = 0              # 0: by the published rule, m2p.attention_heads
+    scale: float = 0.02             # A and B are multiplied by sqrt(scale); the paper's 0.001 belongs to H = 4096
+    context_length: int = 256       # longest text in tokens
+    conversation_length: int = 384  # longest conversation in tokens
+
+
+class LoRA(list):
+    """A generated LoRA: a list over the L layers of {name: (A, B)}; `info` says what it was made from."""
+
+    def __init__(self, layers, r, info=None):
+        super().__init__(layers)
+        self.r, self.info = r, info or {}
+
+    def row(self, i):
+        """The LoRA of one row of the batch, still with a batch axis of 1."""
+        return LoRA(map_lora(lambda t: t[i:i + 1], self), self.r, self.info)
+
+    def save(self, path):
+        """Write one row as safetensors: layers.<i>.<linear>.lora_A (in, r), .lora_B (r, out); the text itself is not in it."""
+        tensors = {}
+        for i, layer in enumerate(self):
+            for name, pair in layer.items():
+                for half, t in zip("AB", pair):
+                    assert len(t) == 1, f"save one row at a time: lora.row(i).save(path); this has {len(t)}"
+                    tensors[f"layers.{i}.{name}.lora_{half}"] = t[0].detach().cpu().contiguous()
+        info = {k: str(v) for k, v in self.info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
+        write_file(path, lambda p: save_file(tensors, p, metadata=info))
+
+    @classmethod
+    def load(cls, path, base):
+        """Read a saved LoRA for this language model; one made for another is refused."""
+        tensors = read_tensors(path)
+        with safe_open(path, framework="pt") as file:
+            info = file.metadata() or {}
+        if info.get("format") != "shine-lora-1":
+            raise UserError(f"{path} is not a LoRA that --save wrote")
+        if info.get("base") != fingerprint(base):
+            raise UserError(f"{path} was made for another language model ({info.get('base')}, this one is {fingerprint(base)})")
+        r, layout = int(info["r"]), lora_layout(base.config)
+        check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
+                                      for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
+        device = base.model.norm.weight.device
+        pair = lambda i, name: tuple(tensors[f"layers.{i}.{name}.lora_{half}"][None].to(device) for half in "AB")
+        return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
+
+
+def fingerprint(base):
+    """Names a language model by its config and its norms: 12 hex digits."""
+    state = json.dumps(asdict(base.config), sort_keys=True).encode()
+    norms = torch.cat([p.detach().float().cpu() for n, p in base.named_parameters() if p.dim() == 1])
+    return hashlib.sha256(state + norms.numpy().tobytes()).hexdigest()[:12]
+
+
+class Shine(nn.Module):
+    """The hypernetwork around a frozen language model."""
+
+    def __init__(self, base, tokenizer, config=ShineConfig(), seed=0):
+        super().__init__()
+        self.base, self.tokenizer, self.config = base.requires_grad_(False), tokenizer, config
+        c = base.config
+        L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
+        try:
+            self.M = memory_tokens(self.P, H)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)
+        # zero (the published start) meets RMSNorm with a gradient of 1e5; small and random does not
+        self.memory = nn.Parameter(0.02 * torch.randn(self.M, H, generator=generator))
+        # the meta LoRA is kept flat and cut like the generated one: A normal times sqrt(scale), B zero
+        A_only = [{name: (torch.randn(L, n_in, config.meta_r, generator=generator) * math.sqrt(config.scale),
+                          torch.zeros(L, config.meta_r, n_out)) for name, n_in, n_out in lora_layout(c)}]
+        self.meta_lora = nn.Parameter(flatten(A_only)[0])                                    # (L, P of rank meta_r)
+
+    def trained(self):
+        """What trains, {name: parameter}: all of this module but the base."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("base.")}
+
+    # ------------------------------------------------------------------------ the two passes
+    def read(self, context_ids, mask=None):
+        """Section 3: ids (B, N), mask (B, N) -> memory states (B, L, M, H)."""
+        meta = cut(self.meta_lora, self.base.config, self.config.meta_r) if self.config.meta_r else None
+        return self.base.read(context_ids, mask, self.memory, meta)
+
+    def to_lora(self, memory_states, trace=None):
+        """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
+        flat = self.m2p(memory_states, trace) * math.sqrt(self.config.scale)                 # (B, L, P)
+        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r)
+
+    def generate_lora(self, context, mask=None):
+        """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
+        if torch.is_tensor(context):
+            return self.to_lora(self.read(context, mask))
+        texts = [context] if isinstance(context, str) else list(context)
+        rows = []
+        for text in texts:
+            ids, left = self.encode_context(text)
+            if left:
+                warnings.warn(f"the text is longer than the {self.config.context_length} tokens this model reads; "
+                              f"the last {left} tokens were left out", stacklevel=2)
+            rows.append(ids)
+        ids, mask = pad(rows, self.tokenizer.end, multiple=1)
+        with torch.no_grad():
+            lora = self.to_lora(self.read(ids.to(self.device), mask.to(self.device) if len(rows) > 1 else None))
+        lora.info = {"base": fingerprint(self.base), "tokens": len(rows[0]),
+                     "text": hashlib.sha256(texts[0].encode("utf-8", "replace")).hexdigest()[:12]}
+        return lora
+
+    def forward(self, batch, total=None):
+        """Section 6: the loss of a batch (data.py says its fields); gradients reach all that trains."""
+        return self.base.loss(batch, self.generate_lora(batch["context_ids"], batch["context_mask"]), total)
+
+    def encode_context(self, text):
+        """str -> (ids that fit, number of tokens left out)."""
+        if not text.strip():
+            raise UserError("the text is empty: give at least one word")
+        ids = self.tokenizer.encode(text[:64 * self.config.context_length].strip())
+        whole = len(ids) if len(text) <= 64 * self.config.context_length else len(self.tokenizer.encode(text.strip()))
+        limit = self.config.context_length
+        return ids[:limit], max(0, whole - limit)
+
+    @property
+    def device(self):
+        return self.memory.device
+
+    # ------------------------------------------------------------------------ talking
+    def answer(self, question, lora, **options):
+        """One question, one answer. A batch (list of questions, LoRA of as many rows) gives a list."""
+        if isinstance(question, str):
+            return Conversation(self, lora, **options).ask(question)
+        return answer_batch(self.base, self.tokenizer, [[("user", q)] for q in question], lora, **options)
+
+    def conversation(self, lora=None, context=None, **options):
+        return Conversation(self, lora, context, **options)
+
+    # ------------------------------------------------------------------------ folders
+    def save(self, folder, dtype=torch.bfloat16):
+        """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json."""
+        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": fingerprint(self.base)})
+        tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.trained().items()}
+        write_file(Path(folder) / "hypernet.safetensors", lambda p: save_file(tensors, p))
+
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=torch.float32, base=None):
+        """Read a model folder; the language model is the one beside the hypernetwork, or `base`."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a model folder")
+        base = base or LanguageModel.load(folder, device, dtype)
+        raw = read_json(folder / "hypernet.json")
+        config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
+        if raw.get("base") != fingerprint(base):
+            raise UserError(f"{folder}/hypernet.json belongs to another language model than {folder}/model.safetensors")
+        shine = cls(base, Tokenizer.load(folder), config)
+        path = folder / "hypernet.safetensors"
+        tensors = read_tensors(path)
+        check_tensors(path, tensors, {n: p.shape for n, p in shine.trained().items()})
+        shine.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
+        return shine.to(device).eval()
+
+
+class Conversation:
+    """Several turns about one text: with its LoRA (SHINE), with the text in the prompt (context), or with neither."""
+
+    def __init__(self, shine, lora=None, context=None, max_new_tokens=64, **sampling):
+        self.shine, self.lora, self.context = shine, lora, context
+        self.max_new_tokens, self.sampling, self.turns = max_new_tokens, sampling, []
+
+    def prompt(self, question):
+        """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
+        while True:
+            ids, _ = render(self.shine.tokenizer, self.turns + [("user", question)], self.context, open_ended=True)
+            if len(ids) + self.max_new_tokens <= self.shine.base.config.max_position_embeddings:
+                return ids
+            if not self.turns:
+                raise UserError(f"the question has {len(ids)} tokens, more than this model can hold")
+            self.turns = self.turns[2:]
+
+    def stream(self, question):
+        """Yield the answer in pieces; what was yielded is the turn in the history, also when the caller stops early."""
+        tokenizer, base = self.shine.tokenizer, self.shine.base
+        ids = torch.tensor([self.prompt(question)], device=self.shine.device)
+        answer, said = [], ""
+        try:
+            with base.merged(self.lora):
+                for token in base.generate(ids, max_new_tokens=self.max_new_tokens, stop=[tokenizer.im_end, tokenizer.end],
+                                           **self.sampling):
+                    if int(token) in (tokenizer.im_end, tokenizer.end):
+                        break
+                    answer.append(int(token))
+                    text = tokenizer.decode(answer)
+                    if not text.endswith("\ufffd"):          # a character may take several tokens
+                        yield text[len(said):]
+                        said = text
+        finally:
+            self.turns += [("user", question), ("assistant", tokenizer.decode(answer))]
+
+    def ask(self, question):
+        return "".join(self.stream(question)).strip()
+
+
+def answer_batch(base, tokenizer, conversations, lora=None, contexts=None, max_new_tokens=48, **sampling):
+    """Answer the last turn of many conversations at once, row i with row i of the LoRA. -> [str]"""
+    device = base.model.norm.weight.device
+    rows = [render(tokenizer, turns, contexts[i] if contexts else None, open_ended=True)[0] for i, turns in enumerate(conversations)]
+    length = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.end] * (length - len(r)) + r for r in rows], device=device)     # padded on the left
+    mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device)
+    stop = [tokenizer.im_end, tokenizer.end]
+    steps = list(base.generate(ids, mask, lora, max_new_tokens, stop, **sampling))
+    answers = []
+    for row in torch.stack(steps, 1).tolist():
+        ends = [i for i, t in enumerate(row) if t in stop]
+        answers.append(tokenizer.decode(row[:ends[0]] if ends else row).strip())
+    return answers
+
+
+# ---------------------------------------------------------------------------- the command line
+def inspect(shine, text, say=print):
+    """Print every step from a text to LoRA parameters: tokens, shapes, norms, and how much each linear changes."""
+    tok, c = shine.tokenizer, shine.base.config
+    ids, _ = shine.encode_context(text)
+    say(f"1. tokens (N = {len(ids)})\n   " + "|".join(tok.encoding.decode([i]).replace("\n", "\\n") for i in ids))
+    context = torch.tensor([ids], device=shine.device)
+    with torch.no_grad():
+        states = shine.read(context)
+        say(f"2. reading: {len(ids)} context + {shine.M} memory tokens through {c.num_hidden_layers} layers with the meta LoRA of rank "
+            f"{shine.config.meta_r}\n   memory states {shape(states)}; mean norm of a state after each layer:")
+        say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist())))
+        say(f"3. M2P: {shine.config.m2p_layers} encoder layers over the grid of L x M = {c.num_hidden_layers} x {shine.M}; "
+            "mean norm, spread over L, spread over M")
+
+        def trace(name, x):
+            say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1).mean():.3f}  {x.std(2).mean():.3f}")
+        lora = shine.to_lora(states, trace)
+        say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into A, B of rank "
+            f"{shine.config.r}, times sqrt({shine.config.scale})")
+        say("5. what the LoRA does: |A B| / |W| and, in brackets, the effective rank of A B\n   layer  "
+            + "".join(f"{name.split('.')[1]:>15}" for name, _, _ in lora_layout(c)))
+        for i, layer in enumerate(lora):
+            cells = []
+            for name, (A, B) in layer.items():
+                s = torch.linalg.svdvals(torch.linalg.qr(A[0].float())[1] @ torch.linalg.qr(B[0].float().T)[1].T)   # (r,) those of A B
+                p = s / s.sum()
+                rank = math.exp(-(p * p.clamp(min=1e-12).log()).sum())
+                weight = shine.base.model.layers[i].get_submodule(name).weight
+                cells.append(f"{s.norm() / weight.float().norm():8.1%} ({rank:.1f})")
+            say(f"   {i:5d}  " + "".join(f"{cell:>15}" for cell in cells))
+
+
+def shape(x):
+    return "(" + ", ".join(map(str, x.shape)) + ")"
+
+
+def read_text(args):
+    """The text of the command line, or None with --load."""
+    given = [args.text is not None, args.file is not None, args.load is not None]
+    if sum(given) != 1:
+        raise UserError("give one of: a TEXT (or - for standard input), --file PATH, --load LORA")
+    if args.load:
+        return None
+    if args.text is not None and args.text != "-":
+        return args.text
+    try:
+        raw = sys.stdin.buffer.read() if args.file is None else Path(args.file).read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{args.file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def absorb(shine, text, say):
+    """Text -> LoRA, and two lines that say what happened. -> (LoRA, facts for --json)"""
+    ids, left = shine.encode_context(text)
+    if left:
+        say(f"note: the text has {len(ids) + left:,} tokens, this model reads {shine.config.context_length}: the first {len(ids)} are used")
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = shine.generate_lora(text)
+    if shine.device.type == "cuda":
+        torch.cuda.synchronize()
+    ms = (time.perf_counter() - started) * 1000
+    numbers = sum(A.numel() + B.numel() for layer in lora for A, B in layer.values())
+    say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
+    say(f"rank {lora.r} on 7 linears of {len(lora)} layers, {numbers * 2 / 1024:.0f} KiB in bf16; the text is no longer needed")
+    return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
+
+
+HELP = """  /text NEW TEXT   absorb another text      /file PATH   absorb a file
+  /forget          clear the conversation, keep the text
+  /compare         show beside each answer what the model says with the text in its prompt, and with nothing
+  /save PATH       keep the LoRA            /quit        leave (or Ctrl-D)      Ctrl-C stops an answer"""
+
+
+def chat(shine, lora, text, options, say):
+    """Multi-turn chat. Every line is a question or a /command; answers are streamed."""
+    try:
+        import readline  # noqa: F401  (line editing and history, where Python has it)
+    except ImportError:
+        pass
+    compare, talk, rivals = False, Conversation(shine, lora, **options), {}
+    say("ask about the text; /help lists the commands")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            say()
+            return
+        except KeyboardInterrupt:
+            say()
+            continue
+        command, _, rest = line.partition(" ")
+        try:
+            if not line:
+                continue
+            if command in ("/quit", "/exit"):
+                return
+            elif command == "/help":
+                say(HELP)
+            elif command == "/forget":
+                talk, rivals = Conversation(shine, lora, **options), {}
+                say("the conversation is cleared, the text is kept")
+            elif command in ("/text", "/file"):
+                new = rest if command == "/text" else read_text(argparse.Namespace(text=None, file=rest.strip(), load=None))
+                lora, _ = absorb(shine, new, say)
+                text, talk, rivals = new, Conversation(shine, lora, **options), {}
+            elif command == "/compare":
+                compare = not compare
+                say("comparison is " + ("on" if compare else "off") + ("" if text or not compare else " (no text at hand: a loaded LoRA does not hold it)"))
+            elif command == "/save":
+                if not rest.strip():
+                    raise UserError("/save needs a path")
+                lora.save(rest.strip())
+                say(f"saved to {rest.strip()}")
+            elif command.startswith("/"):
+                raise UserError(f"there is no command {command}; /help lists them")
+            else:
+                history = list(talk.turns)
+                try:
+                    for piece in talk.stream(line):
+                        print(piece, end="", flush=True)
+                except KeyboardInterrupt:
+                    pass
+                print(flush=True)
+                if compare:
+                    for name, context in (("text in the prompt", text), ("without the text", None)):
+                        if name == "without the text" or text:
+                            rivals.setdefault(name, Conversation(shine, None, context, **options))
+                            rivals[name].turns = rivals[name].turns or history
+                            say(f"  {name}: {rivals[name].ask(line)}")
+        except UserError as error:
+            say(f"error: {error}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Turn a text into LoRA parameters in one forward pass and talk about it.")
+    add = parser.add_argument
+    add("text", nargs="?", metavar="TEXT", help="the text, or - for standard input")
+    add("--file", metavar="PATH", help="read the text from a file")
+    add("--load", metavar="LORA", help="talk with a LoRA that --save wrote, without the text")
+    add("--save", metavar="LORA", help="keep the generated LoRA (safetensors)")
+    add("--chat", action="store_true", help="talk about the text")
+    add("--ask", action="append", default=[], metavar="Q", help="answer this and exit; may be repeated: one conversation")
+    add("--json", action="store_true", help="with --ask: one JSON object on standard output")
+    add("--inspect", action="store_true", help="print every step from the text to the parameters")
+    add("--model", metavar="DIR", default=str(DEFAULT_MODEL), help="model folder (default: the weights that ship)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--temperature", type=float, default=0.0, help="0 = greedy")
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add("--seed", type=int, default=0, help="of sampling")
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
+        raise UserError("--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
+    text = read_text(args)
+    device, dtype, _ = pick_device(args.device)
+    shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+               "seed": args.seed}
+    notes = sys.stderr if args.json else sys.stdout
+    say = lambda *line: print(*line, file=notes, flush=True)
+    if text is None:
+        lora, facts = LoRA.load(args.load, shine.base), {"loaded": args.load}
+        say(f"loaded {args.load}: rank {lora.r}, made from a text of {lora.info.get('tokens', '?')} tokens")
+    else:
+        lora, facts = absorb(shine, text, say)
+    if args.inspect and text is not None:
+        inspect(shine, text, say)
+    if args.save:
+        lora.save(args.save)
+        say(f"saved to {args.save}")
+    turns, talk = [], Conversation(shine, lora, **options)
+    for question in args.ask:
+        turns.append({"question": question, "answer": talk.ask(question)})
+        if not args.json:
+            say(f"> {question}\n{turns[-1]['answer']}")
+    if args.json:
+        print(json.dumps(facts | {"turns": turns}, ensure_ascii=False))
+    if args.chat:
+        if args.text == "-":      # standard input held the text; the keyboard is the terminal
+            try:
+                sys.stdin = open("/dev/tty", encoding="utf-8")
+            except OSError:
+                raise UserError("--chat needs a terminal when the text comes from standard input; use --file") from None
+        chat(shine, lora, text, options, say)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,444 @@
+"""One training loop for every stage; a stage is data + what trains + defaults.
+
+    stage      data (data.Examples)                              what trains                        starts from
+    base       conversations with the text in the prompt, text   the language model                 nothing, or --model
+    pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base of --model
+    finetune   questions about a text                            the same                           the hypernetwork of --model
+
+    python train.py --stage pretrain                     on the base that ships, procedural texts, a few minutes
+    python train.py --stage base --preset tiny --text DIR --qa FILE --minutes 40 --out runs/tiny
+    python train.py --stage pretrain --resume            exactly where a killed run stood
+    torchrun --nproc_per_node=4 train.py --stage pretrain
+
+What it writes into --out: the model folder that shine.py reads, log.jsonl, and state.safetensors (masters, moments,
+position) for --resume.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import re
+import string
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import ASSETS, Examples, Source, Tokenizer, batches, load_assets, read_conversations, read_texts, run, train_bpe
+from model import PRESETS, Config, LanguageModel, UserError, pick_device, write_file, write_json
+from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch
+
+STAGES = {  # the defaults of each stage
+    "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
+    "pretrain": dict(lr=1e-3, muon_lr=1e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "finetune": dict(lr=1e-3, muon_lr=1e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+}
+
+
+# ---------------------------------------------------------------------------- scoring, as SQuAD does it
+def normalize(text):
+    """Lower case, no punctuation, no articles, single spaces: "The  Red hat." -> "red hat"."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction, accepted):
+    return float(any(normalize(prediction) == normalize(a) for a in accepted))
+
+
+def f1_score(prediction, accepted):
+    """Token F1, the best over the accepted answers."""
+    def one(answer):
+        got, gold = normalize(prediction).split(), normalize(answer).split()
+        same = sum((Counter(got) & Counter(gold)).values())
+        if not got or not gold:
+            return float(got == gold)
+        return 2 * same / (len(got) + len(gold))
+    return max(map(one, accepted))
+
+
+@torch.no_grad()
+def evaluate(base, tokenizer, records, condition, shine=None, batch=50):
+    """Answer every question of every record greedily, one conversation a record, with the model's own earlier answers.
+
+    condition: "in-context" (text in the prompt), "question" (no text), "shine" (generated LoRA, no text).
+    -> [{"record", "turn", "prediction", "em", "f1"}]
+    """
+    results = []
+    for first in range(0, len(records), batch):
+        group = records[first:first + batch]
+        lora = shine.generate_lora([r["context"] for r in group]) if condition == "shine" else None
+        histories = [[] for _ in group]
+        for turn in range(max(len(r["conversations"]) for r in group) // 2):
+            rows = [i for i, r in enumerate(group) if len(r["conversations"]) > 2 * turn]
+            asked = [histories[i] + [("user", group[i]["conversations"][2 * turn]["content"])] for i in rows]
+            part = [{n: (A[rows], B[rows]) for n, (A, B) in layer.items()} for layer in lora] if lora else None
+            contexts = [group[i]["context"] for i in rows] if condition == "in-context" else None
+            for i, said, answer in zip(rows, asked, answer_batch(base, tokenizer, asked, part, contexts)):
+                histories[i] = said + [("assistant", answer)]
+                gold = group[i].get("accept")
+                gold = gold[turn] if gold else [group[i]["conversations"][2 * turn + 1]["content"]]
+                results.append({"record": first + i, "turn": turn, "prediction": answer,
+                                "em": exact_match(answer, gold), "f1": f1_score(answer, gold)})
+    return results
+
+
+@torch.no_grad()
+def token_accuracy(shine, texts):
+    """Share of tokens that reconstruction gets right, each predicted behind the true ones before it (section 6)."""
+    right = total = 0
+    for text in texts:
+        ids, _ = shine.encode_context(text)
+        tok = shine.tokenizer
+        head = tok.roles["user"] + [tok.recon, tok.im_end] + tok.newline + tok.roles["assistant"]
+        row = torch.tensor([head + ids], device=shine.device)
+        with torch.no_grad():
+            lora = shine.generate_lora(torch.tensor([ids], device=shine.device))
+            guess = shine.base(row, None, lora).argmax(-1)[0, len(head) - 1:-1]
+        right, total = right + int((guess == row[0, len(head):]).sum()), total + len(ids)
+    return right / total
+
+
+# ---------------------------------------------------------------------------- setup
+class Base(nn.Module):
+    """The base stage as a module whose forward is the loss, like Shine's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, total=None):
+        return self.model.loss(batch, total=total)
+
+    def trained(self):
+        return dict(self.model.named_parameters())
+
+
+def make_optimizers(module, lr, muon_lr, weight_decay, betas, muon=True):
+    """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
+
+    Muon for the matrices of transformer layers (ahead of AdamW at equal samples, benchmarks/RUNS.md), AdamW for the rest;
+    weight decay on matrices only.
+    """
+    trained = module.trained()
+    matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
+    vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}
+    pick = lambda names: [p for n, p in trained.items() if n in names]
+    adam = [{"params": pick(vectors), "weight_decay": 0.0},
+            {"params": pick(set(trained) - vectors - (matrix if muon else set())), "weight_decay": weight_decay}]
+    optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr, betas=betas, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(pick(matrix), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    clips = {}
+    for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own
+        clips.setdefault(n if n in ("memory", "meta_lora") else "rest", []).append(p)
+    ours = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(ours) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    return optimizers, clips
+
+
+def make_tokenizer(texts, vocab_size, seed=0):
+    """BPE over generated texts with their questions, the special values of the word lists, and a part of the plain text."""
+    source, rng, every = Source(), random.Random(seed), load_assets()[0]
+    samples = [source.sample(rng) for _ in range(20000)]
+    lines = [" " + s["context"] + "".join(" " + t["content"] for t in s["conversations"]) for s in samples]
+    words = [" " + w for kind in every.values() for w in kind if "{" not in w]
+    rng.shuffle(part := list(texts))
+    return Tokenizer(train_bpe(lines + words * 3 + [" " + t for t in part[:6000]], vocab_size))
+
+
+def learning_rate(progress, step, peak, warmup):
+    """Warm-up over `warmup` steps, then linear decay to zero at progress 1."""
+    return peak * min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1 - progress)
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def save_state(out, module, optimizers, state):
+    """Everything a resumed run needs, in one file that is renamed into place."""
+    tensors = {"rng": torch.get_rng_state()}
+    for name, p in module.trained().items():
+        tensors["param." + name] = p.detach()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                assert key in MOMENTS, f"the optimizer keeps {key}, which a resumed run would miss"
+                tensors[f"{key}.{name}"] = value
+    write_file(out / "state.safetensors", lambda p: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, p,
+                                                              metadata={"state": json.dumps(state)}))
+    write_json(out / "state.json", state)
+
+
+def load_state(out, module, optimizers):
+    """The inverse of save_state -> the state dict; a file of another run is refused."""
+    path = out / "state.safetensors"
+    if not path.is_file():
+        raise UserError(f"--resume: {path} does not exist; start the run without --resume")
+    trained = module.trained()
+    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    try:
+        with safe_open(path, framework="pt") as file:
+            state, names = json.loads(file.metadata()["state"]), set(file.keys())
+            if {n[6:] for n in names if n.startswith("param.")} != set(trained):
+                raise UserError(f"{path} belongs to a run of another stage or size")
+            for n, p in trained.items():
+                saved = file.get_tensor("param." + n)
+                if saved.shape != p.shape:
+                    raise UserError(f"{path}: {n} is {tuple(saved.shape)}, this run has {tuple(p.shape)}")
+                p.data.copy_(saved)
+                for key in MOMENTS:
+                    if f"{key}.{n}" in names:
+                        owner[id(p)].state[p][key] = file.get_tensor(f"{key}.{n}").to(p.device)
+            torch.set_rng_state(file.get_tensor("rng"))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); start the run without --resume") from None
+    return state
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", required=True, choices=STAGES)
+    add("--preset", default="tiny", choices=PRESETS, help="size of a new language model (stage base)")
+    add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
+    add("--out", default=None, help="folder to write (default: runs/STAGE)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--steps", type=int, help="optimizer steps (instead of --minutes)")
+    add("--minutes", type=float, help="wall clock of the run; the learning rate decays to its end")
+    add("--batch", type=int, help="examples of one pass and process")
+    add("--accumulate", type=int, default=1, help="passes of one optimizer step")
+    add("--lr", type=float, help="peak, of AdamW")
+    add("--muon-lr", type=float, help="peak, of Muon")
+    add("--adamw", action="store_true", help="AdamW for everything, no Muon")
+    add("--warmup", type=int, help="steps")
+    add("--weight-decay", type=float)
+    add("--clip", type=float, default=1.0, help="gradient norm of each clipping group")
+    add("--text", help="folder of .txt / .txt.xz documents to mix in")
+    add("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
+    add("--strict", action="store_true", help="stop at a broken line of a QA file")
+    add("--text-share", type=float, default=0.5, help="share of real passages among the passages")
+    add("--record-share", type=float, default=0.15, help="share of real conversations among the conversations")
+    add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
+    add("--max-facts", type=int, default=8, help="facts in a generated text")
+    add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
+    add("--context-length", type=int, default=256)
+    add("--conversation-length", type=int, default=384)
+    add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
+    add("--rank", type=int, default=4, help="r of a new hypernetwork")
+    add("--meta-rank", type=int, default=8)
+    add("--m2p-layers", type=int, default=4)
+    add("--scale", type=float, help="of a new hypernetwork (default: keeps the paper's initial weight change)")
+    add("--eval-every", type=float, default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
+    add("--eval-texts", type=int, default=60)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--float32", action="store_true", help="activations in float32 whatever the machine")
+    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--workers", type=int, default=1, help="processes that make batches; 0: in the loop")
+    args = parser.parse_args(argv)
+    defaults = STAGES[args.stage]
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
+            setattr(args, name, value)
+    return args
+
+
+def build(args, device, dtype, texts):
+    """-> (module whose forward is the loss, language model, tokenizer, Shine or None)"""
+    if args.stage == "base":
+        if args.model:
+            model, tokenizer = LanguageModel.load(args.model, device, torch.float32), Tokenizer.load(args.model)
+        else:
+            tokenizer = make_tokenizer(texts, args.vocab_size, args.seed)
+            model = LanguageModel(Config(vocab_size=tokenizer.vocab_size, **PRESETS[args.preset]), args.seed).to(device)
+        model.compute_dtype = dtype
+        return Base(model), model, tokenizer, None
+    folder = Path(args.model or DEFAULT_MODEL)
+    model = LanguageModel.load(folder, device, dtype)         # frozen: cast once
+    if args.model and (folder / "hypernet.json").is_file() or args.stage == "finetune":
+        shine = Shine.load(folder, device, base=model)
+    else:
+        c = model.config
+        scale = args.scale or 0.02 * 192 / c.hidden_size      # see ShineConfig.scale
+        shine = Shine(model, Tokenizer.load(folder), ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
+                                                                  args.context_length, args.conversation_length), args.seed)
+    return shine.to(device), model, shine.tokenizer, shine
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype, why = pick_device(args.device)
+    dtype = torch.float32 if args.float32 else dtype
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
+    out = Path(args.out or f"runs/{args.stage}")
+    torch.manual_seed(args.seed)
+
+    texts = read_texts(args.text) if args.text else []
+    records = [read_conversations(path, args.strict) for path in args.qa]
+    if args.resume:
+        args.model = str(out)
+    module, model, tokenizer, shine = build(args, device, dtype, texts)
+    examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
+                        args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum)
+    heldout = Source("heldout", args.max_facts)
+    unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
+
+    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, not args.adamw)
+    state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
+    if args.resume:
+        state = load_state(out, module, optimizers)
+    step_module = module
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 256
+        for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
+            layer.compile(dynamic=False)
+    if world > 1:
+        step_module = nn.parallel.DistributedDataParallel(module)
+
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    say(f"{args.stage} on {why}: {sum(p.numel() for p in module.trained().values()):,} parameters train, {frozen:,} frozen"
+        + (f", M = {shine.M} memory tokens, {shine.P * model.config.num_hidden_layers:,} numbers in a LoRA" if shine else ""))
+    log = None
+    if rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl", "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
+        tokenizer.save(out)
+        model.config.save(out)
+        if shine:
+            save_base(model, out)
+        log.write(json.dumps({"args": vars(args), "machine": why, "torch": torch.__version__}) + "\n")
+
+    def checkpoint():
+        if rank == 0:
+            save_state(out, module, optimizers, state)
+            shine.save(out) if shine else save_base(model, out)
+
+    def evaluation():
+        """Loss on unseen texts is in the log line of training; here answers are generated and scored."""
+        if rank:
+            return
+        kept, model.compute_dtype = model.compute_dtype, dtype
+        module.eval()
+        metrics = {}
+        for condition in ("in-context", "question") + (("shine",) if shine else ()):
+            if condition == "shine" or args.stage == "base" or not state["metrics"]:
+                scored = evaluate(model, tokenizer, unseen, condition, shine)
+                metrics[condition] = {k: round(sum(r[k] for r in scored) / len(scored), 4) for k in ("em", "f1")}
+        if shine:
+            metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in unseen]), 4)
+        module.train()
+        model.compute_dtype = kept
+        state["metrics"] = state["metrics"] | metrics
+        say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
+                                            for k, v in state["metrics"].items()))
+        log.write(json.dumps({"step": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 2),
+                              "unseen": metrics}) + "\n")
+
+    def stream(start):
+        return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None,
+                                                num_workers=args.workers, prefetch_factor=8 if args.workers else None))
+
+    data, bad, next_eval, waited = stream(state["step"] * args.accumulate), 0, None, 0.0
+    started = last = time.perf_counter()
+    before = state["seconds"]
+    module.train()
+    while True:
+        progress = state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes
+        clock = state["step"] if args.steps else state["seconds"] / 60
+        if next_eval is None:
+            next_eval = clock + args.eval_every
+        elif clock >= next_eval or progress >= 1:
+            next_eval = clock + args.eval_every
+            paused = time.perf_counter()
+            checkpoint()
+            evaluation()
+            log and log.flush()
+            started += time.perf_counter() - paused
+            last = time.perf_counter()
+        if progress >= 1:
+            break
+
+        t = time.perf_counter()
+        micro = [next(data) for _ in range(args.accumulate)]
+        waited += time.perf_counter() - t
+        micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
+        total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
+        if world > 1:
+            dist.all_reduce(total)
+        lr = learning_rate(progress, state["step"], args.lr, args.warmup)
+        for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * peak / args.lr
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(micro):      # each pass adds its part of one mean over all counted tokens
+            if world > 1:
+                step_module.require_backward_grad_sync = i == len(micro) - 1
+            part = step_module(batch, total / world)
+            part.backward()
+            loss += part.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        norms = {name: nn.utils.clip_grad_norm_(params, args.clip) for name, params in clips.items()}
+        if not math.isfinite(loss.item()) or not all(math.isfinite(n.item()) for n in norms.values()):
+            bad += 1
+            say(f"step {state['step']}: loss {loss.item()}, gradient norms {[round(n.item(), 2) for n in norms.values()]}; step skipped")
+            if bad == 5:
+                raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
+        else:
+            bad = 0
+            for optimizer in optimizers:
+                optimizer.step()
+        module.zero_grad(set_to_none=True)
+
+        now = time.perf_counter()
+        tokens = sum(int(batch["attention_mask"].sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
+        state["step"] += 1
+        state["samples"] += args.batch * args.accumulate * world
+        state["tokens"] += tokens * world
+        state["seconds"] = before + now - started
+        if rank == 0:
+            left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")
+            if state["step"] % 10 == 1 or args.steps and args.steps <= 50:
+                say(f"step {state['step']:5d}  loss {loss.item():.4f}  lr {lr:.2e}  norm "
+                    + "/".join(f"{n.item():.2f}" for n in norms.values())
+                    + f"  {tokens * world / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
+            log.write(json.dumps({"step": state["step"], "loss": round(loss.item(), 6), "lr": lr, "tokens": tokens * world,
+                                  "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
+                                  "norms": {k: round(n.item(), 4) for k, n in norms.items()}}) + "\n")
+        last = now
+    say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, *args):
+        self.args = args
+
+    def __iter__(self):
+        return batches(self.args[0], self.args[1], *self.args[2:])
+
+
+def save_base(model, out):
+    """config.json + model.safetensors in bf16, by Hugging Face's names."""
+    model.config.save(out)
+    tensors = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    write_file(Path(out) / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+
+
+if __name__ == "__main__":
+    run(main)
