@@ -44,7 +44,7 @@ UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
 def train_bpe(texts, vocab_size):
     """Byte-level BPE: texts (iterable of str) -> {bytes: rank} of vocab_size - len(SPECIAL) entries.
 
-    >>> sorted(train_bpe(["aaab aaab"], 256 + 2 + len(SPECIAL)), key=len)[-1]
+    >>> sorted(train_bpe(["aaa aaa"], 256 + 2 + len(SPECIAL)), key=len)[-1]
     b'aaa'
     """
     import regex   # tiktoken's own dependency; used for training only
@@ -656,10 +656,12 @@ class Examples:
 
 
 def pad(rows, value, multiple=32):
-    """Lists of different lengths -> (B, T) tensor, padded on the right to a multiple (few shapes: few compilations), and its mask."""
+    """Lists of different lengths -> (B, T) tensor, padded on the right to a multiple, and its mask.
+
+    Long rows are padded to twice the multiple: few shapes, few compilations.
+    """
     length = max(map(len, rows))
-    if length > 4 * multiple:
-        multiple *= 2
+    multiple *= 2 if multiple > 1 and length > 4 * multiple else 1
     length = -(-length // multiple) * multiple
     ids = torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])

@@ -115,9 +115,9 @@ class Shine(nn.Module):
         # zero (the published start) meets RMSNorm with a gradient of 1e5; small and random does not
         self.memory = nn.Parameter(0.02 * torch.randn(self.M, H, generator=generator))
         # the meta LoRA is kept flat and cut like the generated one: A normal times sqrt(scale), B zero
-        A_only = [{name: (torch.randn(L, n_in, config.meta_r, generator=generator) * math.sqrt(config.scale),
-                          torch.zeros(L, config.meta_r, n_out)) for name, n_in, n_out in lora_layout(c)}]
-        self.meta_lora = nn.Parameter(flatten(A_only)[0])                                    # (L, P of rank meta_r)
+        self.meta_lora = nn.Parameter(flatten([                                              # (L, P of rank meta_r)
+            {name: (torch.randn(n_in, config.meta_r, generator=generator) * math.sqrt(config.scale),
+                    torch.zeros(config.meta_r, n_out)) for name, n_in, n_out in lora_layout(c)} for _ in range(L)]))
 
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""
@@ -169,6 +169,17 @@ class Shine(nn.Module):
     @property
     def device(self):
         return self.memory.device
+
+    def load_published(self, tensors):
+        """Take the tensors of a hypernetwork as the published code names them: mem_tokens (M, H), metanetwork.<M2P name>,
+        metalora.layers.<i>.<linear>.lora_A (1, in, meta_r) and lora_B (1, meta_r, out)."""
+        own = {"memory": tensors["mem_tokens"]}
+        own |= {"m2p." + n.removeprefix("metanetwork."): t for n, t in tensors.items() if n.startswith("metanetwork.")}
+        own["meta_lora"] = flatten([{name: tuple(tensors[f"metalora.layers.{i}.{name}.lora_{half}"][0] for half in "AB")
+                                     for name, _, _ in lora_layout(self.base.config)} for i in range(self.base.config.num_hidden_layers)])
+        check_tensors("the published hypernetwork", own, {n: p.shape for n, p in self.trained().items()})
+        self.load_state_dict(own, strict=False)
+        return self
 
     # ------------------------------------------------------------------------ talking
     def answer(self, question, lora, **options):
@@ -239,6 +250,7 @@ class Conversation:
                     if not text.endswith("\ufffd"):          # a character may take several tokens
                         yield text[len(said):]
                         said = text
+            yield tokenizer.decode(answer)[len(said):]       # bytes that never became a character
         finally:
             self.turns += [("user", question), ("assistant", tokenizer.decode(answer))]
 

@@ -330,8 +330,8 @@ def main(argv=None):
         """Loss on unseen texts is in the log line of training; here answers are generated and scored."""
         if rank:
             return
-        kept, model.compute_dtype = model.compute_dtype, dtype
         module.eval()
+        torch.compiler.set_stance("force_eager")       # every decode step is another shape: not worth compiling
         metrics = {}
         for condition in ("in-context", "question") + (("shine",) if shine else ()):
             if condition == "shine" or args.stage == "base" or not state["metrics"]:
@@ -339,8 +339,8 @@ def main(argv=None):
                 metrics[condition] = {k: round(sum(r[k] for r in scored) / len(scored), 4) for k in ("em", "f1")}
         if shine:
             metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in unseen]), 4)
+        torch.compiler.set_stance("default")
         module.train()
-        model.compute_dtype = kept
         state["metrics"] = state["metrics"] | metrics
         say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
                                             for k, v in state["metrics"].items()))
@@ -349,7 +349,7 @@ def main(argv=None):
 
     def stream(start):
         return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None,
-                                                num_workers=args.workers, prefetch_factor=8 if args.workers else None))
+                                                num_workers=args.workers, generator=torch.Generator(), prefetch_factor=8 if args.workers else None))
 
     data, bad, next_eval, waited = stream(state["step"] * args.accumulate), 0, None, 0.0
     started = last = time.perf_counter()

@@ -1,0 +1,71 @@
+"""How long until the first answer: cold start of the command line, and warm LoRA generation against text length.
+
+    python -m benchmarks.latency [--json OUT]        medians of several runs; the machine is named in the output
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data import run
+from model import write_json
+from shine import DEFAULT_MODEL, Conversation, Shine
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "Mara keeps a green parrot called Biscuit in the lighthouse."
+QUESTION = "What is the parrot called?"
+
+
+def cold_start(runs):
+    """Seconds from starting `python shine.py TEXT --ask Q` to its first answer byte, and to its end."""
+    first, total = [], []
+    for _ in range(runs):
+        started = time.perf_counter()
+        with subprocess.Popen([sys.executable, "-u", "shine.py", TEXT, "--ask", QUESTION], cwd=ROOT, stdout=subprocess.PIPE, text=True) as p:
+            for line in p.stdout:
+                if line.startswith("> "):
+                    first.append(time.perf_counter() - started)
+        total.append(time.perf_counter() - started)
+    return {"first answer s": round(statistics.median(first), 2), "whole command s": round(statistics.median(total), 2), "runs": runs}
+
+
+def median_ms(call, runs=15, warm=3):
+    times = []
+    for i in range(runs + warm):
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1000)
+    return round(statistics.median(times[warm:]), 1)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEFAULT_MODEL))
+    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args(argv)
+    shine = Shine.load(args.model)
+    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__,
+              "cold start": cold_start(args.runs), "LoRA from N tokens, warm, ms": {}}
+    words = "the old man of the hill has a red boat and ".split() * 40
+    with torch.no_grad():
+        for n in (16, 50, 100, 200, 256):
+            ids = torch.tensor([shine.tokenizer.encode(" ".join(words))[:n]])
+            result["LoRA from N tokens, warm, ms"][n] = median_ms(lambda: shine.generate_lora(ids))
+    lora = shine.generate_lora(TEXT)
+    result["one answer, warm, ms"] = {"SHINE": median_ms(lambda: Conversation(shine, lora).ask(QUESTION)),
+                                      "text in the prompt": median_ms(lambda: Conversation(shine, None, TEXT).ask(QUESTION))}
+    print(json.dumps(result, indent=1))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,193 @@
+"""From a text to a batch: tokenizer, conversation format, tasks, the procedural source, readers."""
+import json
+import random
+import re
+
+import pytest
+
+import data
+from data import (SPECIAL, Examples, Frame, Source, Tokenizer, batches, collate, completion, held_out, load_assets, mend,
+                  read_conversations, read_texts, reconstruction, render, small_talk, train_bpe)
+from model import UserError
+
+NASTY = ["", " ", "  two  spaces ", "\n\nlines\n", "naïve café e\u0301", "日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪", "don't we'll 3.14 1,000", "<|im_end|><RECON>",
+         "\t\u00a0tabs", "def f(x):\n    return x**2", "\x00\x7f", "a" * 300]
+
+
+def test_any_text_round_trips(tokenizer, tmp_path):
+    trained = Tokenizer(train_bpe(["the cat sat on the mat", "don't the the"], 300))
+    trained.save(tmp_path)
+    for tok in (tokenizer, trained, Tokenizer.load(tmp_path)):
+        for text in NASTY:
+            assert tok.decode(tok.encode(text)) == text
+            assert all(i < tok.vocab_size - len(SPECIAL) for i in tok.encode(text))     # typed specials stay text
+    assert trained.encode("the cat") == Tokenizer.load(tmp_path).encode("the cat")
+
+
+def test_bpe_merges_the_commonest_pair_first():
+    """aaa aaa: "aa" comes first, then with the third a: "aaa"."""
+    ranks = train_bpe(["aaa aaa"], 256 + 2 + len(SPECIAL))
+    assert ranks[b"aa"] == 256 and ranks[b"aaa"] == 257
+
+
+def test_a_word_is_the_same_token_in_text_and_answer():
+    tok = Tokenizer(train_bpe(["green green green"] * 9, 280))
+    assert tok.encode("green") == tok.encode("is green")[-1:] and len(tok.encode("green")) == 1
+
+
+def test_render_by_hand(tokenizer):
+    ids, weights = render(tokenizer, [("user", "a"), ("assistant", "b")], context="c", context_weight=0.5)
+    t, text = tokenizer, lambda s: list(s.encode())
+    expected = [t.im_start, *text("system\n"), *text(" c"), t.im_end, *text("\n"), t.im_start, *text("user\n"), *text(" a"), t.im_end,
+                *text("\n"), t.im_start, *text("assistant\n"), *text(" b"), t.im_end, *text("\n")]
+    assert ids == expected
+    counted = [i for i, w in zip(ids, weights) if w == 1]
+    assert counted == [*text(" b"), t.im_end]                       # content and end of turn of the assistant
+    assert [i for i, w in zip(ids, weights) if w == 0.5] == text(" c")
+    prompt, _ = render(tokenizer, [("user", "a")], open_ended=True)
+    assert prompt == ids[len(text("system\n c\n")) + 2:][:len(prompt)]
+
+
+def test_reconstruction_and_completion_are_those_of_the_paper(tokenizer):
+    rng, texts = random.Random(1), ["one two three four five six seven eight nine ten", "a b c d e f g h i j"]
+    context, turns = reconstruction(tokenizer, texts, rng)
+    assert context == tokenizer.encode(texts[0]) + [tokenizer.end] + tokenizer.encode(texts[1])
+    assert sorted(c for r, c in turns if r == "assistant") == sorted(texts) and turns[0] == ("user", [tokenizer.recon])
+    for seed in range(20):
+        context, turns = completion(tokenizer, texts[:1], random.Random(seed))
+        cut = tokenizer.decode(context).split(" ")
+        assert cut == texts[0].split(" ")[:len(cut)] and 7 <= len(cut) <= 9      # 10-30 % gone, between words
+        assert turns == [("user", [tokenizer.comp]), ("assistant", texts[0])]
+
+
+def test_assets_are_broad_and_sound():
+    words, frames = load_assets()
+    assert len(frames) >= 150 and sum(len(v) for v in words.values()) > 5000
+    for kind, lines in words.items():
+        assert lines, kind
+    for f in frames:
+        assert f.statements and f.questions, f.name
+        said = [{m[1] for m in data.SLOT.finditer(s)} for s in f.statements]
+        for q, a in f.questions:
+            slots = {m[1] for m in data.SLOT.finditer(q + a)}
+            assert any(slots <= s for s in said), (f.name, q)
+
+
+def test_generated_texts_are_whole_and_answers_are_in_them():
+    source, found, total = Source("heldout"), 0, 0
+    for i in range(300):
+        sample = source.sample(random.Random(i))
+        text = sample["context"] + " ".join(t["content"] for t in sample["conversations"])
+        assert not re.search(r"[{}]|\b\w+/\w+\b(?<!\d)", text.replace("km/h", "")) or "/" in text and re.search(r"\d/|/\d|[A-Z]/", text), text
+        for kind, turn in zip(sample["meta"]["turns"], sample["conversations"][1::2]):
+            if kind == "fact":
+                words = [w for w in re.findall(r"\w+", turn["content"].lower()) if w not in ("a", "an", "the", "you", "yes", "no", "and")]
+                found, total = found + sum(w in sample["context"].lower() for w in words), total + len(words)
+    assert found / total > 0.93                                    # a few answers are counts or say "your"
+
+
+def test_a_question_has_one_answer_in_its_text():
+    source = Source()
+    for i in range(300):
+        sample, seen = source.sample(random.Random(i), 8, 8), {}
+        turns = sample["conversations"]
+        for q, a, kind in zip(turns[::2], turns[1::2], sample["meta"]["turns"]):
+            if kind == "fact" and not re.match(r"(?i)(and|what about|how about)\b", q["content"]):
+                key = q["content"].lower().strip("? ")
+                if not re.search(r"\b(he|she|his|her)\b", key):
+                    assert seen.setdefault(key, a["content"]) == a["content"], (sample["context"], q)
+
+
+def test_held_out_values_and_phrasings_never_occur_in_training():
+    train, unseen = Source("train"), Source("heldout")
+    for kind in ("names_female", "thing", "job", "place", "city"):
+        assert not set(train.words[kind]) & set(unseen.words[kind]) and len(train.words[kind]) > 4 * len(unseen.words[kind])
+    lines = [f"line {i}" for i in range(100)]
+    assert {train.choose(lines, random.Random(i)) for i in range(500)} == {x for x in lines if not held_out(x)}
+    contexts = [{s.sample(random.Random(i))["context"] for i in range(200)} for s in (train, unseen)]
+    assert not contexts[0] & contexts[1]
+
+
+def test_pronouns_first_person_and_articles():
+    source = Source()
+    frame = Frame("[x.y] A=person t=thing", "here")
+    values = {"A": data.Character("person", "Mara", "f"), "t": "umbrella"}
+    me = {"A": data.Character("person", "I", "I"), "t": "hat"}
+    assert source.fill("{A} has/have a {t}. {A.he} likes/like {A.his} {t}.", values) == "Mara has an umbrella. She likes her umbrella."
+    assert source.fill("{A} has/have a {t}. {A's} friend knows {A.o}.", me) == "I have a hat. My friend knows me."
+    assert source.fill("{A}", me, answer=True) == "you" and source.fill("{A} has/have it.", values, values["A"]) == "She has it."
+    assert mend("a hour, a unicorn, a old cap. it is") == "An hour, a unicorn, an old cap. It is"
+    assert frame.facts == 1
+
+
+@pytest.mark.parametrize("line, word", [("[no slots", "head"), ("[a.b] A=person", None)])
+def test_bad_frames_are_named(tmp_path, line, word):
+    (tmp_path / "words").mkdir(), (tmp_path / "frames").mkdir()
+    (tmp_path / "frames/x.txt").write_text(line + "\n. {Z} is here.\n")
+    with pytest.raises(UserError, match=r"x\.txt:\d"):
+        load_assets(tmp_path)
+
+
+def test_small_talk_has_replies():
+    assert len(small_talk()) > 20 and all(len(pair) == 2 for pair in small_talk())
+
+
+def test_examples_are_functions_of_seed_and_index_and_fit(tokenizer):
+    records = [[{"context": "Tom has a hat.", "conversations": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom"}]}]]
+    for stage in ("base", "pretrain", "finetune"):
+        make = lambda seed: Examples(stage, tokenizer, 400, 600, texts=["A long tale. " * 50], records=records, seed=seed)
+        a, b = make(1), make(1)
+        for i in range(12):
+            context, ids, weights = a(i)
+            assert (context, ids, weights) == b(i) and len(ids) == len(weights) and any(weights)
+            assert (context is None) == (stage == "base") and (context is None or len(context) <= 400)
+        assert a(0) != make(2)(0)
+
+
+def test_batches_pad_mask_and_resume(tokenizer):
+    make = lambda: Examples("finetune", tokenizer, 400, 600, seed=3, max_facts=2)
+    whole = batches(make(), 4, pool=4)
+    seen = [next(whole) for _ in range(6)]
+    again = batches(make(), 4, start=5, pool=4)
+    resumed = next(again)
+    assert all((resumed[k] == seen[5][k]).all() for k in seen[5])
+    batch = seen[0]
+    assert batch["input_ids"].shape == batch["weights"].shape == batch["attention_mask"].shape and batch["context_ids"].shape[0] == 4
+    assert not batch["weights"][~batch["attention_mask"]].any()
+    left, right = batches(make(), 2, rank=0, world=2, pool=4), batches(make(), 2, rank=1, world=2, pool=4)
+    a, b = next(left), next(right)
+    both = {tuple(r[m].tolist()) for x in (a, b) for r, m in zip(x["input_ids"], x["attention_mask"])}
+    assert both == {tuple(r[m].tolist()) for r, m in zip(batch["input_ids"], batch["attention_mask"])}
+
+
+def test_broken_lines_are_named_and_counted(tmp_path):
+    good = {"context": "A.", "conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path, said = tmp_path / "qa.jsonl", []
+    path.write_bytes("\n".join([json.dumps(good), "{", json.dumps({"context": ""}), json.dumps(good | {"conversations": [1, 2]}), "[]"]).encode()
+                     + b"\n\xff\xfe\n")
+    assert read_conversations(path, say=said.append) == [good]
+    assert [f"line {n}" in s for n, s in zip((2, 3, 4, 5, 6), said)] == [True] * 5 and "5 of 6" in said[-1]
+    with pytest.raises(UserError, match="line 2"):
+        read_conversations(path, strict=True)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no usable"):
+        read_conversations(path)
+
+
+def test_folders_of_text_plain_and_xz(tmp_path):
+    import lzma
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n", encoding="utf-8")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress("three".encode()))
+    assert read_texts(tmp_path) == ["one", "two", "three"]
+    (tmp_path / "b.txt.xz").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="b.txt.xz"):
+        read_texts(tmp_path)
+    with pytest.raises(UserError, match="holds no"):
+        read_texts(tmp_path / "none")
+
+
+def test_collated_words_in_the_docstring(tokenizer):
+    context, ids, weights = Examples("finetune", tokenizer, 400, 600, max_facts=1)(0)
+    batch = collate([(context, ids, weights)], tokenizer)
+    fields = re.findall(r"^    (\w+) +\(B, ([NS])\)", data.__doc__, re.M)
+    assert {name for name, _ in fields} == set(batch)

@@ -1,0 +1,186 @@
+"""The language model: LoRA as an argument, memory, padding, generation, merging, folders."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from conftest import close
+from model import (PRESETS, Config, KVCache, LanguageModel, UserError, cut, flatten, linear, lora_layout, lora_size,
+                   map_lora, pick)
+from train import save_base
+
+
+def random_lora(config, rows=None, r=3, seed=5, size=0.2):
+    lead = (rows,) if rows else ()
+    flat = size * torch.randn(*lead, config.num_hidden_layers, lora_size(config, r), generator=torch.Generator().manual_seed(seed))
+    return cut(flat, config, r), flat
+
+
+def test_layout_gives_the_numbers_of_the_paper():
+    """Section 4: Qwen3-8B, r = 8: in + out = 75776 a layer, 148 memory tokens."""
+    qwen = Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=12288)
+    assert [i + o for _, i, o in lora_layout(qwen)] == [8192, 5120, 5120, 8192, 16384, 16384, 16384]
+    assert lora_size(qwen, 8) / 4096 == 148
+
+
+def test_cut_by_hand_and_back():
+    """The first in * r numbers of a layer are q_proj's A row by row, the next r * out its B."""
+    c, r = Config(hidden_size=4, num_attention_heads=2, num_key_value_heads=1, head_dim=2, intermediate_size=6), 2
+    flat = torch.arange(2.0 * lora_size(c, r)).view(2, -1)
+    A, B = cut(flat, c, r)[0]["self_attn.q_proj"]
+    assert A.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and B.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+    assert torch.equal(flatten(cut(flat, c, r)), flat)
+    batched = torch.stack((flat, flat + 1))
+    assert torch.equal(flatten(cut(batched, c, r)), batched)
+
+
+def test_linear_by_hand():
+    """W = 2I, A = [[1], [0]], B = [[0, 3]]: (x1, x2) -> (2 x1, 2 x2 + 3 x1)."""
+    x = torch.tensor([[[1.0, 10.0]]])
+    y = linear(x, 2 * torch.eye(2), (torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0, 3.0]])))
+    assert y.tolist() == [[[2.0, 23.0]]]
+
+
+def test_two_rows_with_two_loras_are_two_runs(base, ids):
+    lora, _ = random_lora(base.config, rows=2)
+    together = base(ids, None, lora)
+    for i in range(2):
+        alone = base(ids[i:i + 1], None, map_lora(lambda t: t[i], lora))
+        assert close(alone, together[i:i + 1])
+    assert not close(together, base(ids), 1e-2)
+
+
+def test_merged_equals_lora_in_the_forward_and_comes_out_bitwise(base, ids):
+    lora, _ = random_lora(base.config)
+    before = {n: p.clone() for n, p in base.state_dict().items()}
+    with torch.no_grad():
+        expected = base(ids, None, lora)
+        with base.merged(lora):
+            assert close(base(ids), expected)
+        with pytest.raises(KeyboardInterrupt), base.merged(lora):
+            raise KeyboardInterrupt
+    assert all(torch.equal(before[n], p) for n, p in base.state_dict().items())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_real_positions(base, ids, side):
+    pad = (4, 0) if side == "left" else (0, 4)
+    real = slice(4, None) if side == "left" else slice(0, -4)
+    padded, mask = F.pad(ids, pad, value=7), F.pad(torch.ones_like(ids), pad)
+    assert close(base(padded, mask)[:, real], base(ids))
+    memory = torch.randn(5, base.config.hidden_size)
+    assert close(base.read(padded, mask, memory), base.read(ids, None, memory))
+
+
+def test_memory_states_are_the_appended_positions_after_each_layer(base, ids):
+    c, memory = base.config, torch.randn(5, base.config.hidden_size)
+    states = base.read(ids, None, memory)
+    assert states.shape == (2, c.num_hidden_layers, 5, c.hidden_size)
+    x = torch.cat((base.model.embed_tokens(ids), memory.expand(2, -1, -1)), 1)
+    angles, bias = base._positions(x, None, 0)
+    for i, layer in enumerate(base.model.layers):
+        x = layer(x, angles, bias, {})
+        assert close(states[:, i], x[:, -5:])
+    first_alone = base.read(ids, None, memory[:1])       # causal: memory token 1 does not see the later ones
+    assert close(states[:, :, :1], first_alone)
+
+
+def test_later_tokens_do_not_reach_back(base, ids):
+    changed = ids.clone()
+    changed[:, -1] += 1
+    assert close(base(changed)[:, :-1], base(ids)[:, :-1])
+
+
+def test_tied_and_untied_and_wide_heads():
+    for tied in (True, False):
+        c = Config(vocab_size=50, hidden_size=20, num_attention_heads=4, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied)
+        model = LanguageModel(c)
+        assert ("lm_head.weight" in model.state_dict()) is not tied
+        assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 50)
+
+
+def test_cache_gives_the_logits_of_the_whole_row(base, ids):
+    cache = KVCache(base.config, 2, 9, torch.float32, "cpu")
+    with torch.no_grad():
+        parts = [base.head(base.hidden(ids[:, a:b], None, None, cache)) for a, b in ((0, 4), (4, 5), (5, 9))]
+    assert close(torch.cat(parts, 1), base(ids))
+
+
+def test_greedy_generation_is_the_argmax_of_full_passes_also_for_padded_rows(base, ids):
+    lora, _ = random_lora(base.config, rows=2)
+    rows, expected = [ids[0].tolist(), ids[1, :5].tolist()], []
+    for i, row in enumerate(rows):
+        row = list(row)
+        for _ in range(6):
+            row.append(int(base(torch.tensor([row]), None, map_lora(lambda t: t[i:i + 1], lora))[0, -1].argmax()))
+        expected.append(row[-6:])
+    padded = torch.tensor([rows[0], [0] * 4 + rows[1]])
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    got = torch.stack(list(base.generate(padded, mask, lora, max_new_tokens=6)), 1)
+    assert got.tolist() == expected
+
+
+def test_stop_tokens_end_a_row_and_then_the_generator(base, ids):
+    free = torch.stack(list(base.generate(ids, max_new_tokens=8)), 1)
+    stop = [int(free[0, 2]), int(free[1, 4])]
+    got = torch.stack(list(base.generate(ids, max_new_tokens=8, stop=stop)), 1)
+    ends = [next(j for j, t in enumerate(row.tolist()) if t in stop) for row in free]
+    assert got.shape[1] == max(ends) + 1
+    for row, whole, end in zip(got, free, ends):
+        assert torch.equal(row[:end + 1], whole[:end + 1]) and (row[end:] == row[end]).all()
+
+
+def test_sampling():
+    logits, generator = torch.tensor([[0.0, 5.0, 4.0, -2.0]]).repeat(500, 1), torch.Generator().manual_seed(0)
+    assert set(pick(logits, 0, 0, 1.0, generator).tolist()) == {1}
+    assert set(pick(logits, 5.0, 2, 1.0, generator).tolist()) == {1, 2}
+    assert set(pick(logits, 1.0, 0, 0.5, generator).tolist()) == {1}
+    assert len(set(pick(logits, 9.0, 0, 1.0, generator).tolist())) == 4
+
+
+def test_folder_round_trip_by_hugging_face_names(base, ids, tmp_path):
+    save_base(base, tmp_path)
+    again = LanguageModel.load(tmp_path, dtype=torch.float32)
+    assert close(again(ids), base(ids), 3e-2)           # bf16 on disk
+    assert "model.layers.0.self_attn.q_norm.weight" in load_file(tmp_path / "model.safetensors")
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 1
+
+
+@pytest.mark.parametrize("harm, word", [("drop", "lacks"), ("extra", "does not have"), ("shape", "expected"),
+                                        ("cut", "damaged"), ("gone", "missing"), ("config", "rope_scaling")])
+def test_bad_folders_are_named(base, tmp_path, harm, word):
+    save_base(base, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if harm == "drop":
+        tensors.pop("model.norm.weight")
+    elif harm == "extra":
+        tensors["model.layers.9.x"] = torch.zeros(1)
+    elif harm == "shape":
+        tensors["model.norm.weight"] = torch.zeros(33)
+    save_file(tensors, path)
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif harm == "gone":
+        path.unlink()
+    elif harm == "config":
+        raw = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": {"type": "yarn"}}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=word):
+        LanguageModel.load(tmp_path)
+
+
+def test_presets_are_consistent():
+    for name, sizes in PRESETS.items():
+        c = Config(**sizes)
+        assert lora_size(c, 4) % c.hidden_size == 0, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_cuda_equals_cpu(base, ids):
+    lora, _ = random_lora(base.config)
+    expected = base(ids, None, lora)
+    got = base.cuda()(ids.cuda(), None, map_lora(lambda t: t.cuda(), lora)).cpu()
+    assert close(got, expected, 1e-4)

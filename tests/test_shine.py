@@ -1,0 +1,145 @@
+"""The claims of the method, and the Python interface the README shows."""
+import math
+import warnings
+
+import pytest
+import torch
+
+from conftest import close
+from data import Examples, collate
+from model import Config, LanguageModel, UserError, cut
+from shine import Conversation, LoRA, Shine, ShineConfig, fingerprint
+from train import save_base
+
+
+@pytest.fixture
+def batch(tokenizer):
+    def fixed(rows, width):
+        return torch.tensor([list(r.encode()) + [0] * (width - len(r)) for r in rows]), \
+            torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
+    context, context_mask = fixed(["Mara has a parrot.", "Tom has a cat"], 18)
+    ids, mask = fixed(["who? parrot", "what? cat"], 11)
+    return {"context_ids": context, "context_mask": context_mask, "input_ids": ids, "attention_mask": mask,
+            "weights": (mask & (torch.arange(11) > 4)).float()}
+
+
+def test_only_memory_meta_lora_and_m2p_train_and_each_of_them_moves(shine, batch):
+    base_before = {n: p.clone() for n, p in shine.base.state_dict().items()}
+    before = {n: p.clone() for n, p in shine.trained().items()}
+    assert {n.split(".")[0] for n in before} == {"memory", "meta_lora", "m2p"}
+    assert all(not p.requires_grad for p in shine.base.parameters())
+    optimizer = torch.optim.SGD(shine.trained().values(), lr=1.0)
+    shine(batch).backward()
+    optimizer.step()
+    assert all(not torch.equal(before[n], p) for n, p in shine.trained().items())
+    assert all(torch.equal(base_before[n], p) for n, p in shine.base.state_dict().items())
+
+
+def test_the_second_pass_never_sees_the_context(shine, batch):
+    """With the LoRA of another text the loss is that text's; with the same LoRA the context ids do not matter."""
+    lora = shine.generate_lora(batch["context_ids"], batch["context_mask"])
+    direct = shine.base.loss(batch, lora)
+    assert torch.equal(direct, shine(batch))
+    other = batch | {"context_ids": batch["context_ids"].flip(1)}
+    assert torch.equal(shine.base.loss(other, lora), direct) and not torch.equal(shine(other), direct)
+
+
+def test_loss_is_one_mean_over_all_counted_tokens(shine, batch):
+    lora = shine.generate_lora(batch["context_ids"], batch["context_mask"])
+    logits = shine.base(batch["input_ids"], batch["attention_mask"], lora).log_softmax(-1)
+    picked = [-logits[b, t, batch["input_ids"][b, t + 1]] for b in range(2) for t in range(10) if batch["weights"][b, t + 1]]
+    assert close(shine(batch), torch.stack(picked).mean())
+
+
+def test_rows_of_a_batch_are_texts_on_their_own(shine):
+    together = shine.generate_lora(["A red hat.", "Tom lives in a very old mill."])
+    for i, text in enumerate(["A red hat.", "Tom lives in a very old mill."]):
+        alone = shine.generate_lora(text)
+        for a, b in zip(alone, together.row(i)):
+            for name in a:
+                assert close(a[name][0], b[name][0], 1e-4) and close(a[name][1], b[name][1], 1e-4)
+
+
+def test_four_lines_from_text_to_answer(shine, tmp_path):
+    lora = shine.generate_lora("Mara has a parrot.")
+    assert isinstance(shine.answer("Who?", lora), str)
+    assert len(shine.answer(["Who?", "What?"], shine.generate_lora(["One.", "Two."]))) == 2
+    talk = shine.conversation(lora)
+    talk.ask("Who?"), talk.ask("And?")
+    assert [role for role, _ in talk.turns] == ["user", "assistant"] * 2
+    lora.save(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors", shine.base)
+    assert all(torch.equal(x, y) for a, b in zip(lora, again) for name in a for x, y in zip(a[name], b[name]))
+    assert "parrot" not in (tmp_path / "a.safetensors").read_bytes().decode("latin-1")
+
+
+def test_answer_is_greedy_decoding_with_the_lora_unmerged(shine):
+    lora = shine.generate_lora("Mara has a parrot.")
+    assert shine.answer("Who?", lora, max_new_tokens=12) == shine.answer(["Who?"], lora, max_new_tokens=12)[0]
+
+
+def test_stopping_an_answer_early_keeps_the_turn(shine):
+    talk = Conversation(shine, shine.generate_lora("x"))
+    stream = talk.stream("Who?")
+    piece = next(stream, "")
+    stream.close()
+    assert talk.turns[0] == ("user", "Who?") and talk.turns[1][1].startswith(piece)
+
+
+def test_an_old_turn_goes_when_the_conversation_grows_too_long(shine):
+    talk = Conversation(shine, max_new_tokens=8)
+    talk.turns = [("user", "a" * 400), ("assistant", "b" * 400)] * 3
+    assert len(talk.prompt("c")) + 8 <= shine.base.config.max_position_embeddings and len(talk.turns) < 6
+    with pytest.raises(UserError, match="tokens"):
+        talk.prompt("d" * 2000)
+
+
+def test_a_long_text_says_so_and_an_empty_one_is_refused(shine):
+    with pytest.warns(UserWarning, match="64 tokens"):
+        shine.generate_lora("a" * 200)
+    assert shine.encode_context("a" * 200_000)[1] == 200_000 + 1 - 64      # + 1: the prefix space
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shine.generate_lora("short")
+    for empty in ("", "  \n "):
+        with pytest.raises(UserError, match="empty"):
+            shine.generate_lora(empty)
+
+
+def test_lora_of_another_model_is_refused(shine, tokenizer, tmp_path):
+    shine.generate_lora("x").save(tmp_path / "a.safetensors")
+    shine.base.model.norm.weight.data += 1
+    with pytest.raises(UserError, match="another language model"):
+        LoRA.load(tmp_path / "a.safetensors", shine.base)
+
+
+def test_save_and_load(shine, tokenizer, tmp_path):
+    save_base(shine.base, tmp_path)
+    tokenizer.save(tmp_path)
+    stored = Shine(LanguageModel.load(tmp_path, dtype=torch.float32), tokenizer, shine.config)
+    stored.load_state_dict({n: p.bfloat16().float() for n, p in shine.trained().items()}, strict=False)
+    stored.save(tmp_path)
+    again = Shine.load(tmp_path)
+    assert again.config == shine.config and fingerprint(again.base) == fingerprint(stored.base)
+    a, b = again.generate_lora("Mara"), stored.generate_lora("Mara")
+    assert all(torch.equal(x, y) for la, lb in zip(a, b) for n in la for x, y in zip(la[n], lb[n]))
+
+
+def test_sizes_that_do_not_divide_are_refused_with_their_numbers(tokenizer):
+    base = LanguageModel(Config(vocab_size=300, hidden_size=44, intermediate_size=97))
+    with pytest.raises(UserError, match="/ 44 ="):
+        Shine(base, tokenizer, ShineConfig(r=1))
+
+
+def test_initial_values(base, tokenizer):
+    """Section 6: meta LoRA A normal times sqrt(scale), B zero; position embeddings zero; memory small and random."""
+    shine = Shine(base, tokenizer, ShineConfig(r=2, meta_r=64, scale=0.04))
+    for layer in cut(shine.meta_lora, base.config, 64):
+        for A, B in layer.values():
+            assert abs(A.std() - math.sqrt(0.04)) < 0.02 and not B.any()
+    assert not shine.m2p.layer_pe.any() and not shine.m2p.token_pe.any() and 0 < shine.memory.std() < 0.05
+
+
+def test_examples_reach_the_loss(shine, tokenizer):
+    examples = Examples("finetune", tokenizer, 400, 900, max_facts=2)
+    assert math.isfinite(shine(collate([examples(0), examples(1)], tokenizer)).item())

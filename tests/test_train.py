@@ -1,0 +1,147 @@
+"""The loop: overfitting, resuming, skipping bad steps, two processes, scoring."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT, close
+from data import Examples, collate
+from model import UserError
+from shine import Shine
+from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
+
+BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
+        "--float32", "--device", "cpu", "--max-facts", "2", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base of four steps, and a hypernetwork of two on top."""
+    out = tmp_path_factory.mktemp("run")
+    train.main(BASE + ["--steps", "4", "--eval-every", "2", "--out", str(out / "base")])
+    train.main(["--stage", "pretrain", "--model", str(out / "base"), "--steps", "2", "--out", str(out / "pre"), "--rank", "2"] + BASE[4:])
+    return out
+
+
+def test_scoring_is_squads():
+    assert normalize(" The  Red, hat.") == "red hat"
+    assert exact_match("the red hat", ["a red hat", "x"]) == 1 and exact_match("hat", ["a red hat"]) == 0
+    assert f1_score("red big hat", ["a red hat"]) == pytest.approx(0.8) and f1_score("", ["a"]) == 1 and f1_score("x", ["y"]) == 0
+
+
+def test_learning_rate_by_hand():
+    assert [round(learning_rate(p, s, 1.0, 2), 3) for s, p in ((0, 0.0), (1, 0.25), (2, 0.5), (4, 1.0))] == [0.5, 0.75, 0.5, 0.0]
+
+
+def test_overfits_four_examples(base, tokenizer):
+    """The same text four times with other answers: only the generated LoRA can tell them apart."""
+    from shine import ShineConfig
+    rows = []
+    for context, answer in (("A red hat.", "red"), ("A big dog.", "dog"), ("Tom came.", "Tom"), ("At nine.", "nine")):
+        from data import render
+        rows.append((tokenizer.encode(context), *render(tokenizer, [("user", "?"), ("assistant", answer)])))
+    shine, batch = Shine(base, tokenizer, ShineConfig(r=4, meta_r=4, scale=0.1)), collate(rows, tokenizer)
+    optimizers, clips = make_optimizers(shine, 3e-3, 3e-3, 0.0, (0.9, 0.99))
+    first = shine(batch).item()
+    for _ in range(150):
+        loss = shine(batch)
+        loss.backward()
+        for params in clips.values():
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        shine.zero_grad()
+    assert loss.item() < 0.15 < first
+
+
+def test_optimizers_hold_exactly_what_trains(shine):
+    make_optimizers(shine, 1e-3, 1e-3, 0.01, (0.9, 0.99))
+    make_optimizers(Base(shine.base.requires_grad_(True)), 1e-3, 1e-3, 0.01, (0.9, 0.99))
+    with pytest.raises(AssertionError):
+        make_optimizers(shine, 1e-3, 1e-3, 0.01, (0.9, 0.99))
+
+
+def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path):
+    """2 + stop + resume + 2 steps equal 4 steps: the schedule is that of --steps 4 in both."""
+    out = tmp_path / "halves"
+    code = ("import sys, train; real = train.evaluate; calls = []\n"
+            "def stop(*a, **k):\n    calls.append(1); r = real(*a, **k)\n    if len(calls) == 2: sys.exit(9)\n    return r\n"
+            "train.evaluate = stop; train.main(sys.argv[1:])")
+    args = BASE + ["--steps", "4", "--eval-every", "2", "--out", str(out)]
+    assert subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True).returncode == 9
+    assert json.loads((out / "state.json").read_text())["step"] == 2
+    train.main(args + ["--resume"])
+    a, b = load_file(out / "state.safetensors"), load_file(folder / "base/state.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
+    train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--steps", "2", "--out", str(tmp_path)] + BASE[4:])
+    same = [load_file(p / "model.safetensors") for p in (folder / "base", folder / "pre", tmp_path)]
+    assert all(torch.equal(same[0][k], s[k]) for s in same[1:] for k in s)
+    a, b = load_file(folder / "pre/hypernet.safetensors"), load_file(tmp_path / "hypernet.safetensors")
+    assert not torch.equal(a["memory"], b["memory"])
+    assert Shine.load(tmp_path).config.r == 2
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_then_stops_the_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Base, "forward", lambda self, batch, total=None: self.model.loss(batch, total=total) * float("nan"))
+    with pytest.raises(UserError, match="lower --lr"):
+        train.main(BASE + ["--steps", "9", "--eval-every", "9", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.count("step skipped") == 5 and not (tmp_path / "state.safetensors").exists()
+
+
+def test_accumulation_is_one_mean_over_all_counted_tokens(base, tokenizer):
+    rows = [Examples("base", tokenizer, 400, 600, max_facts=1)(i) for i in range(4)]
+    base.requires_grad_(True)
+    whole = collate(rows, tokenizer)
+    base.loss(whole).backward()
+    expected = base.model.norm.weight.grad.clone()
+    base.zero_grad()
+    total = whole["weights"][:, 1:].sum()
+    for part in (rows[:1], rows[1:]):
+        base.loss(collate(part, tokenizer), total=total).backward()
+    assert close(base.model.norm.weight.grad, expected, 1e-4)
+
+
+def test_two_processes_give_the_loss_of_one_with_twice_the_batch(folder, tmp_path):
+    args = ["--stage", "pretrain", "--model", str(folder / "base"), "--steps", "3", "--eval-every", "99", "--rank", "2"] + BASE[4:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "train.py", *args, "--batch", "2",
+                    "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    train.main([*args, "--batch", "4", "--out", str(tmp_path / "one")])
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl") if '"loss"' in line] for name in ("one", "two")]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
+    (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"),
+    (["--out", "/proc/none"], "/proc/none")])
+def test_bad_arguments_end_in_one_line_and_status_2(arguments, word):
+    run = subprocess.run([sys.executable, "train.py", "--stage", "base", "--preset", "test", "--vocab-size", "300", "--steps", "1", *arguments],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and word in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+
+
+def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatch):
+    """A full disk while saving must not destroy what was there."""
+    import model
+    (tmp_path / "state.safetensors").write_bytes(b"older")
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "save_file", full)
+    shine = Shine.load(folder / "pre")
+    with pytest.raises(UserError, match="No space left"):
+        train.save_state(tmp_path, shine, [], {})
+    assert (tmp_path / "state.safetensors").read_bytes() == b"older" and [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    assert model.UserError is UserError
