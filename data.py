@@ -584,13 +584,15 @@ class Examples:
     """
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
-                 text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0):
+                 text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
+                 copy_share=0.2, plain_share=0.1):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
         self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
         self.question_share = question_share      # share of question examples in the pretrain stage
         self.source, self.max_facts = Source(max_facts=max_facts), max_facts
+        self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
     def __call__(self, index):
@@ -622,15 +624,16 @@ class Examples:
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
             return record["context"], [turn for pair in pairs for turn in pair]
-        sample = self.source.sample(rng)
+        sample = self.source.sample(rng, n_turns=None if self.stage == "base" else rng.randint(3, 10))
         return sample["context"], [(t["role"], t["content"]) for t in sample["conversations"]]
 
     def base(self, rng):
         tok, dice = self.tokenizer, rng.random()
-        if dice < 0.22:                                       # repeat or complete the text: copying
+        text_weight = 0.1 if rng.random() < 0.25 else 0.0     # seldom: logits over 8k words are 40 % of a token's cost
+        if dice < self.copy_share:                            # repeat or complete the text: copying
             context, turns = (reconstruction if rng.random() < 0.85 else completion)(tok, [self.passage(rng)], rng)
-            return None, *render(tok, turns, context, context_weight=0.05)
-        if dice < 0.22 + 0.1 * bool(self.texts):              # plain text
+            return None, *render(tok, turns, context, context_weight=text_weight)
+        if dice < self.copy_share + self.plain_share:         # plain text
             ids = [tok.end, *tok.encode(self.passage(rng, 60, 200)), tok.end]
             return None, ids, [0.0] + [0.1] * (len(ids) - 1)
         context, turns = self.record(rng)
@@ -638,7 +641,7 @@ class Examples:
             known = {reply for _, reply in small_talk()}
             turns = [(role, content if role == "user" or content in known else NO_TEXT) for role, content in turns[:4]]
             return None, *render(tok, turns)
-        return None, *render(tok, turns, context, context_weight=0.05)
+        return None, *render(tok, turns, context, context_weight=text_weight)
 
     def pretrain(self, rng):
         tok = self.tokenizer

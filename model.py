@@ -462,6 +462,9 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)        # safetensors writes files that only their owner may read
         temporary.replace(path)
     except Exception as error:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() else None

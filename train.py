@@ -3,7 +3,8 @@
     stage      data (data.Examples)                              what trains                        starts from
     base       conversations with the text in the prompt, text   the language model                 nothing, or --model
     pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base of --model
-    finetune   questions about a text                            the same                           the hypernetwork of --model
+    finetune   questions about a text                            the same                           the hypernetwork of --model,
+                                                                                                    a new one where there is none
 
     python train.py --stage pretrain                     on the base that ships, procedural texts, a few minutes
     python train.py --stage base --preset tiny --text DIR --qa FILE --minutes 40 --out runs/tiny
@@ -225,6 +226,8 @@ def parse(argv):
     add("--strict", action="store_true", help="stop at a broken line of a QA file")
     add("--text-share", type=float, default=0.5, help="share of real passages among the passages")
     add("--record-share", type=float, default=0.15, help="share of real conversations among the conversations")
+    add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
+    add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
     add("--max-facts", type=int, default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
@@ -262,7 +265,7 @@ def build(args, device, dtype, texts):
         return Base(model), model, tokenizer, None
     folder = Path(args.model or DEFAULT_MODEL)
     model = LanguageModel.load(folder, device, dtype)         # frozen: cast once
-    if args.model and (folder / "hypernet.json").is_file() or args.stage == "finetune":
+    if (folder / "hypernet.json").is_file() and (args.model or args.stage == "finetune"):
         shine = Shine.load(folder, device, base=model)
     else:
         c = model.config
@@ -289,7 +292,8 @@ def main(argv=None):
         args.model = str(out)
     module, model, tokenizer, shine = build(args, device, dtype, texts)
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
-                        args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum)
+                        args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
+                        args.copy_share, args.plain_share)
     heldout = Source("heldout", args.max_facts)
     unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, close
-from data import Examples, collate
+from data import Examples, collate, render
 from model import UserError
-from shine import Shine
+from shine import Shine, ShineConfig
 from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
 BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
@@ -38,25 +38,33 @@ def test_learning_rate_by_hand():
     assert [round(learning_rate(p, s, 1.0, 2), 3) for s, p in ((0, 0.0), (1, 0.25), (2, 0.5), (4, 1.0))] == [0.5, 0.75, 0.5, 0.0]
 
 
-def test_overfits_four_examples(base, tokenizer):
-    """The same text four times with other answers: only the generated LoRA can tell them apart."""
-    from shine import ShineConfig
-    rows = []
-    for context, answer in (("A red hat.", "red"), ("A big dog.", "dog"), ("Tom came.", "Tom"), ("At nine.", "nine")):
-        from data import render
-        rows.append((tokenizer.encode(context), *render(tokenizer, [("user", "?"), ("assistant", answer)])))
-    shine, batch = Shine(base, tokenizer, ShineConfig(r=4, meta_r=4, scale=0.1)), collate(rows, tokenizer)
-    optimizers, clips = make_optimizers(shine, 3e-3, 3e-3, 0.0, (0.9, 0.99))
-    first = shine(batch).item()
-    for _ in range(150):
-        loss = shine(batch)
+def fit(module, batch, steps, lr):
+    """Train on one batch -> (first loss, last loss)."""
+    optimizers, clips = make_optimizers(module, lr, lr, 0.0, (0.9, 0.99))
+    first = None
+    for _ in range(steps):
+        loss = module(batch)
+        first = first or loss.item()
         loss.backward()
         for params in clips.values():
             torch.nn.utils.clip_grad_norm_(params, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        shine.zero_grad()
-    assert loss.item() < 0.15 < first
+        module.zero_grad()
+    return first, loss.item()
+
+
+def test_overfits_four_examples(base, tokenizer):
+    """A base learns four texts in its prompt; then the hypernetwork, with the base frozen, learns them without a prompt:
+    the conversations ask the same thing, so only the generated LoRA tells the answers apart."""
+    texts = (("A red hat.", "red"), ("A big dog.", "dog"), ("Tom came.", "Tom"), ("At nine.", "nine"))
+    turns = [[("user", "?"), ("assistant", answer)] for _, answer in texts]
+    prompted = collate([(None, *render(tokenizer, t, c)) for t, (c, _) in zip(turns, texts)], tokenizer)
+    assert fit(Base(base.requires_grad_(True)), prompted, 40, 1e-2)[1] < 0.1
+    shine = Shine(base, tokenizer, ShineConfig(r=4, meta_r=4, scale=0.1))
+    absorbed = collate([(tokenizer.encode(c), *render(tokenizer, t)) for t, (c, _) in zip(turns, texts)], tokenizer)
+    first, last = fit(shine, absorbed, 80, 5e-3)
+    assert last < 0.2 < first, (first, last)
 
 
 def test_optimizers_hold_exactly_what_trains(shine):
