@@ -221,17 +221,20 @@ class Conversation:
     """Several turns about one text: with its LoRA (SHINE), with the text in the prompt (context), or with neither."""
 
     def __init__(self, shine, lora=None, context=None, max_new_tokens=64, **sampling):
-        self.shine, self.lora, self.context = shine, lora, context
+        self.shine, self.lora = shine, lora
+        self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
         self.max_new_tokens, self.sampling, self.turns = max_new_tokens, sampling, []
 
     def prompt(self, question):
         """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
         while True:
             ids, _ = render(self.shine.tokenizer, self.turns + [("user", question)], self.context, open_ended=True)
-            if len(ids) + self.max_new_tokens <= self.shine.base.config.max_position_embeddings:
+            limit = self.shine.config.conversation_length + len(self.context or ())
+            if len(ids) + self.max_new_tokens <= max(limit, self.max_new_tokens + 64):
                 return ids
             if not self.turns:
-                raise UserError(f"the question has {len(ids)} tokens, more than this model can hold")
+                raise UserError(f"the question has {len(ids)} tokens; with room for {self.max_new_tokens} of an answer "
+                                f"this model holds {limit}")
             self.turns = self.turns[2:]
 
     def stream(self, question):
@@ -260,8 +263,9 @@ class Conversation:
 
 def answer_batch(base, tokenizer, conversations, lora=None, contexts=None, max_new_tokens=48, **sampling):
     """Answer the last turn of many conversations at once, row i with row i of the LoRA. -> [str]"""
-    device = base.model.norm.weight.device
-    rows = [render(tokenizer, turns, contexts[i] if contexts else None, open_ended=True)[0] for i, turns in enumerate(conversations)]
+    device, room = base.model.norm.weight.device, base.config.max_position_embeddings // 2
+    rows = [render(tokenizer, turns, tokenizer.encode(contexts[i])[:room] if contexts else None, open_ended=True)[0]
+            for i, turns in enumerate(conversations)]
     length = max(map(len, rows))
     ids = torch.tensor([[tokenizer.end] * (length - len(r)) + r for r in rows], device=device)     # padded on the left
     mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device)

@@ -38,8 +38,8 @@ from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch
 
 STAGES = {  # the defaults of each stage
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
-    "pretrain": dict(lr=1e-3, muon_lr=1e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
-    "finetune": dict(lr=1e-3, muon_lr=1e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "pretrain": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "finetune": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
 
 
@@ -122,20 +122,20 @@ class Base(nn.Module):
         return dict(self.model.named_parameters())
 
 
-def make_optimizers(module, lr, muon_lr, weight_decay, betas, muon=True):
+def make_optimizers(module, lr, muon_lr, weight_decay, betas):
     """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
 
-    Muon for the matrices of transformer layers (ahead of AdamW at equal samples, benchmarks/RUNS.md), AdamW for the rest;
-    weight decay on matrices only.
+    With a muon_lr the matrices of transformer layers are Muon's (for the base ahead of AdamW at equal samples, for the M2P
+    not: benchmarks/RUNS.md), AdamW has the rest; weight decay on matrices only.
     """
     trained = module.trained()
     matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
     vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}
     pick = lambda names: [p for n, p in trained.items() if n in names]
     adam = [{"params": pick(vectors), "weight_decay": 0.0},
-            {"params": pick(set(trained) - vectors - (matrix if muon else set())), "weight_decay": weight_decay}]
+            {"params": pick(set(trained) - vectors - (matrix if muon_lr else set())), "weight_decay": weight_decay}]
     optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr, betas=betas, fused=True)]
-    if muon:
+    if muon_lr:
         optimizers.append(torch.optim.Muon(pick(matrix), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     clips = {}
     for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own
@@ -216,8 +216,7 @@ def parse(argv):
     add("--batch", type=int, help="examples of one pass and process")
     add("--accumulate", type=int, default=1, help="passes of one optimizer step")
     add("--lr", type=float, help="peak, of AdamW")
-    add("--muon-lr", type=float, help="peak, of Muon")
-    add("--adamw", action="store_true", help="AdamW for everything, no Muon")
+    add("--muon-lr", type=float, help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--clip", type=float, default=1.0, help="gradient norm of each clipping group")
@@ -297,7 +296,7 @@ def main(argv=None):
     heldout = Source("heldout", args.max_facts)
     unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
 
-    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, not args.adamw)
+    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas)
     state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = load_state(out, module, optimizers)

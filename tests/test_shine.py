@@ -88,8 +88,8 @@ def test_stopping_an_answer_early_keeps_the_turn(shine):
 
 def test_an_old_turn_goes_when_the_conversation_grows_too_long(shine):
     talk = Conversation(shine, max_new_tokens=8)
-    talk.turns = [("user", "a" * 400), ("assistant", "b" * 400)] * 3
-    assert len(talk.prompt("c")) + 8 <= shine.base.config.max_position_embeddings and len(talk.turns) < 6
+    talk.turns = [("user", "a" * 100), ("assistant", "b" * 100)] * 3
+    assert len(talk.prompt("c")) + 8 <= shine.config.conversation_length and len(talk.turns) < 6
     with pytest.raises(UserError, match="tokens"):
         talk.prompt("d" * 2000)
 
