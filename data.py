@@ -245,6 +245,8 @@ def load_assets(folder=ASSETS):
                 if unknown:
                     raise UserError(f"{where}: there is no word list {min(unknown)}.txt")
             elif line and not line.startswith("#"):
+                if not frames:
+                    raise UserError(f"{where}: a line before the first [head]")
                 frames[-1].add(line, where)
     return words, frames
 
@@ -279,8 +281,8 @@ class Fact:
 class Source:
     """Endless texts with conversations, made from the word lists and frames.
 
-    split "train" uses what held_out() leaves; "heldout" draws names and values from the lines never used in training and
-    phrasings from all lines. `sample(rng)` -> {"context", "conversations", "meta"}.
+    split "train" uses what held_out() leaves; "heldout" draws names and values from the lines never used in training (lists
+    of fewer than 60 lines, such as colors and days, serve both) and phrasings from all lines, one in eight of them unseen. `sample(rng)` -> {"context", "conversations", "meta"}.
     """
 
     def __init__(self, split="train", max_facts=8, folder=ASSETS):
@@ -294,10 +296,10 @@ class Source:
         self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
                         "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
 
-    def choose(self, lines, rng, key=lambda line: line):
-        """A phrasing: in training never one that is held out, as long as three others are left."""
+    def phrasings(self, lines, key=lambda line: line):
+        """The lines of this split: in training none that is held out, as long as three others are left."""
         seen = [line for line in lines if not held_out(key(line))]
-        return rng.choice(seen if self.split == "train" and len(seen) >= 3 else lines)
+        return seen if self.split == "train" and len(seen) >= 3 else lines
 
     def value(self, kind, rng, depth=0):
         """A value of a word list, its own {braces} expanded."""
@@ -352,7 +354,7 @@ class Source:
         taken.add(key)
         for slot in frame.values:
             values[slot] = self.fresh(frame.slots[slot], rng, used)
-        return Fact(frame, values, self.choose(frame.statements, rng))
+        return Fact(frame, values, rng.choice(self.phrasings(frame.statements)))
 
     def fill(self, line, values, pronoun_for=None, answer=False, changed=()):
         """Put values into a template; `pronoun_for`: the character whose first mention becomes a pronoun."""
@@ -388,11 +390,7 @@ class Source:
         """All questions the facts answer: [(question line, answer, fact, check)]; one with two answers is left out."""
         asked, answers = [], defaultdict(set)
         for fact in facts:
-            lines = fact.frame.questions
-            if self.split == "train":
-                seen = [q for q in lines if not held_out(q[0])]
-                lines = seen if len(seen) >= 3 else lines
-            for line, answer in lines:
+            for line, answer in self.phrasings(fact.frame.questions, key=lambda question: question[0]):
                 if {m[1] for m in SLOT.finditer(line + answer)} <= fact.said:
                     answer = self.fill(answer, fact.values, answer=True)
                     answers[self.fill(line, fact.values)].add(answer)
@@ -415,14 +413,13 @@ class Source:
         hero = fact.hero
         if before and before[0] == line and before[2] is not fact and hero and hero.gender != "I" and len(slots) == 1 and rng.random() < 0.6:
             return rng.choice(("And {}?", "What about {}?", "How about {}?", "and {}?")).format(self.fill(slots[0], values).rstrip(".")), answer
-        people = [c for c in cast["person"]]
-        alone = len(people) == 1 and rng.random() < 0.15
-        same = before and before[2].hero is hero and rng.random() < 0.4 and "?" not in before[1]
+        alone = len(cast["person"]) == 1 and rng.random() < 0.15
+        same = before and before[2].hero is hero and rng.random() < 0.4
         persons = {v for v in values.values() if isinstance(v, Character) and v.kind == "person"}
         pronoun = hero if hero and hero.gender in "fm" and hero.kind == "person" and (alone or same) and len(persons) == 1 else None
         return self.fill(line, values, pronoun), answer
 
-    def unanswerable(self, facts, cast, rng):
+    def unanswerable(self, facts, rng, used):
         """A question that nothing in the text answers: another topic, or a person who is not in it."""
         topics = {fact.frame.topic for fact in facts}
         frame = rng.choice(self.frames)
@@ -437,9 +434,10 @@ class Source:
         if not lines:
             return None
         kind = frame.slots[frame.cast[0]]
-        free = [c for c in self.make_cast(rng, set())[kind] if c.gender != "I"] if stranger else \
-               [fact.hero for fact in facts if fact.hero and fact.hero.kind == kind]
-        return self.fill(self.choose(lines, rng), {frame.cast[0]: rng.choice(free)}) if free else None
+        aside = {fact.values[slot] for fact in facts for slot in fact.frame.cast[1:]}      # of these the text says more
+        free = [c for c in self.make_cast(rng, set(used))[kind] if c.gender != "I" and c.name.lower() not in used] if stranger else \
+               [fact.hero for fact in facts if fact.hero and fact.hero.kind == kind and fact.hero not in aside]
+        return self.fill(rng.choice(self.phrasings(lines)), {frame.cast[0]: rng.choice(free)}) if free else None
 
     def sample(self, rng, n_facts=None, n_turns=None):
         """One text with a conversation: {"context", "conversations", "meta": {"facts", "turns": [kind]}}."""
@@ -465,7 +463,7 @@ class Source:
         checks, items = [q for q in items if q[3]], [q for q in items if not q[3]]
         for _ in range(n_turns or rng.randint(1, 8)):
             dice = rng.random()
-            if dice < 0.08 and (question := self.unanswerable(facts, cast, rng)):
+            if dice < 0.08 and (question := self.unanswerable(facts, rng, used)):
                 kind, answer, item = "unknown", UNKNOWN, None
             elif dice < 0.11:
                 kind, item = "small talk", None
@@ -528,7 +526,7 @@ def read_texts(folder):
         try:
             with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
                 documents += [d.strip() for d in file.read().split("<|endoftext|>") if d.strip()]
-        except (OSError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
     return documents
 
@@ -544,6 +542,10 @@ def read_conversations(path, strict=False, say=lambda line: print(line, file=sys
         for i, turn in enumerate(turns):
             if not isinstance(turn, dict) or turn.get("role") != ("user", "assistant")[i % 2] or not isinstance(turn.get("content"), str):
                 return f"turn {i} is not {{'role': '{('user', 'assistant')[i % 2]}', 'content': text}}"
+        accept = record.get("accept")
+        if accept is not None and not (isinstance(accept, list) and len(accept) == len(turns) // 2 and all(
+                isinstance(a, list) and a and all(isinstance(s, str) for s in a) for a in accept)):
+            return "accept is not one list of right answers a question"
         return None
 
     records, skipped = [], 0
@@ -585,27 +587,29 @@ class Examples:
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
-                 copy_share=0.2, plain_share=0.1):
+                 copy_share=0.2, plain_share=0.1, split="train"):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
         self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
         self.question_share = question_share      # share of question examples in the pretrain stage
-        self.source, self.max_facts = Source(max_facts=max_facts), max_facts
+        self.source, self.max_facts = Source(split, max_facts), max_facts
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
     def __call__(self, index):
         self.source.max_facts = min(self.max_facts, 2 + int(self.max_facts * index / self.curriculum)) if self.curriculum else self.max_facts
         rng = random.Random(self.seed * 1_000_003 + index)
-        while True:
+        for _ in range(1000):
             context, ids, weights = getattr(self, self.stage)(rng)
             if len(ids) <= self.conversation_length + (self.context_length if context is None else 0) and any(weights) \
                     and (context is None or 0 < len(context) <= self.context_length):
                 return context, ids, weights
+        raise UserError(f"1,000 examples in a row are longer than --context-length {self.context_length} and "
+                        f"--conversation-length {self.conversation_length} allow: raise them")
 
     def passage(self, rng, low=6, high=90):
-        """A run of whole sentences of a real document, or a generated text."""
+        """A run of words of a real document that ends with a sentence, or a generated text."""
         if rng.random() >= self.text_share:
             return self.source.sample(rng, rng.choice((1, 1, 2, 2, 3, 4, 6)), 1)["context"]
         document = rng.choice(self.texts)
@@ -624,7 +628,7 @@ class Examples:
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
             return record["context"], [turn for pair in pairs for turn in pair]
-        sample = self.source.sample(rng, n_turns=None if self.stage == "base" else rng.randint(3, 10))
+        sample = self.source.sample(rng, n_turns=None if self.stage == "base" else 1 if rng.random() < 0.05 else rng.randint(3, 10))
         return sample["context"], [(t["role"], t["content"]) for t in sample["conversations"]]
 
     def base(self, rng):
@@ -648,7 +652,7 @@ class Examples:
         if rng.random() < self.question_share:
             return self.finetune(rng)
         texts = [self.passage(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-        while len(texts) > 1 and sum(len(t) for t in texts) > 4 * self.context_length // 2:
+        while len(texts) > 1 and sum(len(t) for t in texts) > 2 * self.context_length:      # characters
             texts.pop()
         context, turns = (reconstruction if rng.random() < 0.5 else completion)(tok, texts, rng)
         return context, *render(tok, turns)
@@ -711,7 +715,7 @@ def show(tokenizer, context, ids, weights):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Show examples of every task, or write a held-out evaluation set.")
+    parser = Parser(description="Show examples of every task, or write a held-out evaluation set.")
     parser.add_argument("--model", default=str(ASSETS.parent / "checkpoints/tiny"), help="folder with the tokenizer")
     parser.add_argument("--count", type=int, default=3, help="examples of each task, or texts to write")
     parser.add_argument("--seed", type=int, default=0)
@@ -731,26 +735,57 @@ def main(argv=None):
     tokenizer = Tokenizer.load(args.model)
     texts = read_texts(args.text) if args.text else ()
     records = [read_conversations(path) for path in args.qa]
-    for stage, what in (("base", "the text in the prompt; yellow tokens carry little loss"),
-                        ("pretrain", "reconstruction and completion"), ("finetune", "questions")):
-        examples = Examples(stage, tokenizer, texts=texts, records=records, seed=args.seed)
-        print(f"\n=== {stage}: {what}")
+    rng = random.Random(args.seed)
+    for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question",
+                 "language modelling, the text in the prompt"):
+        print(f"\n=== {name}")
         for i in range(args.count):
-            show(tokenizer, *examples(i))
+            examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0)
+            if "question" in name:
+                sample = examples.source.sample(rng, n_turns=1 if name == "one question" else 4)
+                turns = [(t["role"], t["content"]) for t in sample["conversations"]]
+                show(tokenizer, tokenizer.encode(sample["context"]), *render(tokenizer, turns))
+            elif "prompt" in name:
+                show(tokenizer, *examples(args.seed + i))
+            else:
+                task = completion if name == "completion" else reconstruction
+                context, turns = task(tokenizer, [examples.passage(rng) for _ in range(3 if "several" in name else 1)], rng)
+                show(tokenizer, context, *render(tokenizer, turns))
             print()
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists what there is")
+
+
+def positive(kind):
+    """An argparse type: a number of this kind above 0."""
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def run(main):
-    """Run a command: a UserError becomes one line on standard error and exit status 2."""
+    """Run a command: what the user can mend becomes one line on standard error and exit status 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="replace")
     try:
         main()
-    except UserError as error:
+    except BrokenPipeError:      # the reader of our pipe has gone
+        os._exit(0)
+    except (UserError, OSError) as error:      # OSError: a full disk under a log file, say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:      # the reader of our pipe has gone
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ folder with config.json and model.safetensors loads by name.
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -69,8 +69,13 @@ class Config:
         missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} - set(raw)
         if missing:
             raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
-        raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-        raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        raw["rope_theta"] = (raw.get("rope_parameters") or raw).get("rope_theta", 10000.0)
+        for key, default in (("head_dim", 128), ("num_key_value_heads", 32), ("tie_word_embeddings", False)):   # Qwen3's own
+            raw.setdefault(key, default)
+        wrong = [f.name for f in fields(cls) if f.name in raw and (isinstance(raw[f.name], bool) is not (f.type in (bool, "bool"))
+                                                                   or not isinstance(raw[f.name], (int, float)))]
+        if wrong:
+            raise UserError(f"{folder}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not of the right kind")
         return cls(**{k: v for k, v in raw.items() if k in known})
 
     def save(self, folder):
@@ -308,7 +313,7 @@ class LanguageModel(nn.Module):
 
     def _layers(self, x, mask, lora, cache=None, keep=0):
         """x (B, T, H) through all layers -> (x, the last `keep` positions after each layer)."""
-        (B, T, _), start = x.shape, 0 if cache is None else cache.used
+        T, start = x.shape[1], 0 if cache is None else cache.used
         if cache is not None:
             cache.mask[:, start:start + T] = True if mask is None else mask.bool()
             mask = cache.mask[:, :start + T]
@@ -327,7 +332,7 @@ class LanguageModel(nn.Module):
 
         Positions count real tokens only, so that padding on either side changes nothing for them.
         """
-        (B, T, _), c, device = x.shape, self.config, x.device
+        T, c, device = x.shape[1], self.config, x.device
         if mask is None:
             positions = torch.arange(start, start + T, device=device)[None]
         else:
@@ -343,7 +348,7 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------------ generation
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, lora=None, max_new_tokens=64, stop=(), temperature=0.0, top_k=0,
-                 top_p=1.0, seed=0, cache=None):
+                 top_p=1.0, seed=0):
         """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
 
         temperature 0 is greedy. A row that has given a token in `stop` goes on giving it; the generator ends when all
@@ -351,8 +356,7 @@ class LanguageModel(nn.Module):
         """
         B, T = input_ids.shape
         p = self.model.norm.weight
-        if cache is None:
-            cache = KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
+        cache = KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
         generator = torch.Generator(p.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop), device=p.device)
         done, last = torch.zeros(B, dtype=torch.bool, device=p.device), None
@@ -405,10 +409,10 @@ def pick(logits, temperature, top_k, top_p, generator):
     if temperature <= 0:
         return logits.argmax(-1)
     ordered, ids = (logits / temperature).sort(-1, descending=True)
+    if top_k:
+        ordered, ids = ordered[:, :top_k], ids[:, :top_k]
     p = ordered.softmax(-1)
     out = p.cumsum(-1) - p >= top_p                       # what lies behind the first top_p of the mass
-    if top_k:
-        out[:, top_k:] = True
     out[:, 0] = False
     return ids.gather(1, torch.multinomial(p.masked_fill(out, 0), 1, generator=generator))[:, 0]
 
@@ -425,19 +429,23 @@ def pick_device(name="auto"):
 
 # ---------------------------------------------------------------------------- files, read and written with care
 def read_json(path):
+    """A JSON object as a dict, or a UserError that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
 
 
 def read_tensors(path, device="cpu"):
     """All tensors of a safetensors file, or a UserError that names the file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} is missing")
     try:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is missing")
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
@@ -466,8 +474,9 @@ def write_file(path, write):
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)        # safetensors writes files that only their owner may read
         temporary.replace(path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"cannot write {path}: {error}") from None
         raise

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -29,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import Tokenizer, pad, render, run
+from data import Parser, Tokenizer, pad, render, run
 from m2p import M2P, memory_tokens
 from model import (LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
                    read_json, read_tensors, write_file, write_json)
@@ -58,17 +59,18 @@ class LoRA(list):
 
     def row(self, i):
         """The LoRA of one row of the batch, still with a batch axis of 1."""
-        return LoRA(map_lora(lambda t: t[i:i + 1], self), self.r, self.info)
+        info = {k: v[i] if isinstance(v, list) else v for k, v in self.info.items()}
+        return LoRA(map_lora(lambda t: t[i:i + 1], self), self.r, info)
 
     def save(self, path):
         """Write one row as safetensors: layers.<i>.<linear>.lora_A (in, r), .lora_B (r, out); the text itself is not in it."""
         tensors = {}
-        for i, layer in enumerate(self):
+        for i, layer in enumerate(self):      # info describes row 0 unless row() chose another
             for name, pair in layer.items():
                 for half, t in zip("AB", pair):
                     assert len(t) == 1, f"save one row at a time: lora.row(i).save(path); this has {len(t)}"
                     tensors[f"layers.{i}.{name}.lora_{half}"] = t[0].detach().cpu().contiguous()
-        info = {k: str(v) for k, v in self.info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
+        info = {k: str(v) for k, v in self.row(0).info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
     @classmethod
@@ -81,7 +83,7 @@ class LoRA(list):
             raise UserError(f"{path} is not a LoRA that --save wrote")
         if info.get("base") != fingerprint(base):
             raise UserError(f"{path} was made for another language model ({info.get('base')}, this one is {fingerprint(base)})")
-        r, layout = int(info["r"]), lora_layout(base.config)
+        r, layout = int(info["r"]) if info.get("r", "").isdigit() else 0, lora_layout(base.config)
         check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
                                       for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
         device = base.model.norm.weight.device
@@ -92,8 +94,15 @@ class LoRA(list):
 def fingerprint(base):
     """Names a language model by its config and its norms: 12 hex digits."""
     state = json.dumps(asdict(base.config), sort_keys=True).encode()
-    norms = torch.cat([p.detach().float().cpu() for n, p in base.named_parameters() if p.dim() == 1])
+    norms = torch.cat([p.detach().bfloat16().float().cpu() for n, p in base.named_parameters() if p.dim() == 1])
     return hashlib.sha256(state + norms.numpy().tobytes()).hexdigest()[:12]
+
+
+def load_tokenizer(folder, base):
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise UserError(f"{folder}/bpe.json has {tokenizer.vocab_size} tokens, more than the model's {base.config.vocab_size}")
+    return tokenizer
 
 
 class Shine(nn.Module):
@@ -102,6 +111,7 @@ class Shine(nn.Module):
     def __init__(self, base, tokenizer, config=ShineConfig(), seed=0):
         super().__init__()
         self.base, self.tokenizer, self.config = base.requires_grad_(False), tokenizer, config
+        self.base_name = fingerprint(base)
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
         try:
@@ -121,7 +131,7 @@ class Shine(nn.Module):
 
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""
-        return {n: p for n, p in self.named_parameters() if not n.startswith("base.")}
+        return {"memory": self.memory, "meta_lora": self.meta_lora} | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
 
     # ------------------------------------------------------------------------ the two passes
     def read(self, context_ids, mask=None):
@@ -132,7 +142,7 @@ class Shine(nn.Module):
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
         flat = self.m2p(memory_states, trace) * math.sqrt(self.config.scale)                 # (B, L, P)
-        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r)
+        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r, {"base": self.base_name})
 
     def generate_lora(self, context, mask=None):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
@@ -149,8 +159,8 @@ class Shine(nn.Module):
         ids, mask = pad(rows, self.tokenizer.end, multiple=1)
         with torch.no_grad():
             lora = self.to_lora(self.read(ids.to(self.device), mask.to(self.device) if len(rows) > 1 else None))
-        lora.info = {"base": fingerprint(self.base), "tokens": len(rows[0]),
-                     "text": hashlib.sha256(texts[0].encode("utf-8", "replace")).hexdigest()[:12]}
+        lora.info |= {"tokens": [len(row) for row in rows],
+                      "text": [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12] for text in texts]}
         return lora
 
     def forward(self, batch, total=None):
@@ -159,12 +169,10 @@ class Shine(nn.Module):
 
     def encode_context(self, text):
         """str -> (ids that fit, number of tokens left out)."""
-        if not text.strip():
+        ids = self.tokenizer.encode(text.strip())
+        if not ids:
             raise UserError("the text is empty: give at least one word")
-        ids = self.tokenizer.encode(text[:64 * self.config.context_length].strip())
-        whole = len(ids) if len(text) <= 64 * self.config.context_length else len(self.tokenizer.encode(text.strip()))
-        limit = self.config.context_length
-        return ids[:limit], max(0, whole - limit)
+        return ids[:self.config.context_length], max(0, len(ids) - self.config.context_length)
 
     @property
     def device(self):
@@ -194,7 +202,7 @@ class Shine(nn.Module):
     # ------------------------------------------------------------------------ folders
     def save(self, folder, dtype=torch.bfloat16):
         """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json."""
-        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": fingerprint(self.base)})
+        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_name})
         tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.trained().items()}
         write_file(Path(folder) / "hypernet.safetensors", lambda p: save_file(tensors, p))
 
@@ -206,10 +214,12 @@ class Shine(nn.Module):
             raise UserError(f"{folder} is not a model folder")
         base = base or LanguageModel.load(folder, device, dtype)
         raw = read_json(folder / "hypernet.json")
+        if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
+            raise UserError(f"{folder}/hypernet.json: a size is not a number")
         config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
         if raw.get("base") != fingerprint(base):
             raise UserError(f"{folder}/hypernet.json belongs to another language model than {folder}/model.safetensors")
-        shine = cls(base, Tokenizer.load(folder), config)
+        shine = cls(base, load_tokenizer(folder, base), config)
         path = folder / "hypernet.safetensors"
         tensors = read_tensors(path)
         check_tensors(path, tensors, {n: p.shape for n, p in shine.trained().items()})
@@ -227,15 +237,17 @@ class Conversation:
 
     def prompt(self, question):
         """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
+        turns = self.turns
         while True:
-            ids, _ = render(self.shine.tokenizer, self.turns + [("user", question)], self.context, open_ended=True)
+            ids, _ = render(self.shine.tokenizer, turns + [("user", question)], self.context, open_ended=True)
             limit = self.shine.config.conversation_length + len(self.context or ())
             if len(ids) + self.max_new_tokens <= max(limit, self.max_new_tokens + 64):
+                self.turns = turns
                 return ids
-            if not self.turns:
+            if not turns:
                 raise UserError(f"the question has {len(ids)} tokens; with room for {self.max_new_tokens} of an answer "
                                 f"this model holds {limit}")
-            self.turns = self.turns[2:]
+            turns = turns[2:]
 
     def stream(self, question):
         """Yield the answer in pieces; what was yielded is the turn in the history, also when the caller stops early."""
@@ -261,7 +273,7 @@ class Conversation:
         return "".join(self.stream(question)).strip()
 
 
-def answer_batch(base, tokenizer, conversations, lora=None, contexts=None, max_new_tokens=48, **sampling):
+def answer_batch(base, tokenizer, conversations, lora=None, contexts=None, max_new_tokens=64, **sampling):
     """Answer the last turn of many conversations at once, row i with row i of the LoRA. -> [str]"""
     device, room = base.model.norm.weight.device, base.config.max_position_embeddings // 2
     rows = [render(tokenizer, turns, tokenizer.encode(contexts[i])[:room] if contexts else None, open_ended=True)[0]
@@ -320,15 +332,15 @@ def read_text(args):
     given = [args.text is not None, args.file is not None, args.load is not None]
     if sum(given) != 1:
         raise UserError("give one of: a TEXT (or - for standard input), --file PATH, --load LORA")
-    if args.load:
+    if args.load is not None:
         return None
     if args.text is not None and args.text != "-":
         return args.text
     try:
-        raw = sys.stdin.buffer.read() if args.file is None else Path(args.file).read_bytes()
+        raw = sys.stdin.buffer.read() if args.file in (None, "-") else Path(args.file).read_bytes()
         return raw.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{args.file} cannot be read: {error.strerror}") from None
+        raise UserError(f"{args.file} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{args.file or 'standard input'} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
@@ -347,7 +359,8 @@ def absorb(shine, text, say):
     ms = (time.perf_counter() - started) * 1000
     numbers = sum(A.numel() + B.numel() for layer in lora for A, B in layer.values())
     say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
-    say(f"rank {lora.r} on 7 linears of {len(lora)} layers, {numbers * 2 / 1024:.0f} KiB in bf16; the text is no longer needed")
+    size = numbers * lora[0]["mlp.up_proj"][0].element_size() / 1024
+    say(f"rank {lora.r} on 7 linears of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
     return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
 
 
@@ -357,13 +370,13 @@ HELP = """  /text NEW TEXT   absorb another text      /file PATH   absorb a file
   /save PATH       keep the LoRA            /quit        leave (or Ctrl-D)      Ctrl-C stops an answer"""
 
 
-def chat(shine, lora, text, options, say):
-    """Multi-turn chat. Every line is a question or a /command; answers are streamed."""
+def chat(shine, lora, text, options, say, talk):
+    """Multi-turn chat, going on from `talk`. Every line is a question or a /command; answers are streamed."""
     try:
         import readline  # noqa: F401  (line editing and history, where Python has it)
     except ImportError:
         pass
-    compare, talk, rivals = False, Conversation(shine, lora, **options), {}
+    compare, rivals = False, {}
     say("ask about the text; /help lists the commands")
     while True:
         try:
@@ -415,10 +428,12 @@ def chat(shine, lora, text, options, say):
                             say(f"  {name}: {rivals[name].ask(line)}")
         except UserError as error:
             say(f"error: {error}")
+        except KeyboardInterrupt:
+            say()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Turn a text into LoRA parameters in one forward pass and talk about it.")
+    parser = Parser(description="Turn a text into LoRA parameters in one forward pass and talk about it.")
     add = parser.add_argument
     add("text", nargs="?", metavar="TEXT", help="the text, or - for standard input")
     add("--file", metavar="PATH", help="read the text from a file")
@@ -450,7 +465,9 @@ def main(argv=None):
         say(f"loaded {args.load}: rank {lora.r}, made from a text of {lora.info.get('tokens', '?')} tokens")
     else:
         lora, facts = absorb(shine, text, say)
-    if args.inspect and text is not None:
+    if args.inspect:
+        if text is None:
+            raise UserError("--inspect needs a text: a loaded LoRA does not hold it")
         inspect(shine, text, say)
     if args.save:
         lora.save(args.save)
@@ -463,12 +480,12 @@ def main(argv=None):
     if args.json:
         print(json.dumps(facts | {"turns": turns}, ensure_ascii=False))
     if args.chat:
-        if args.text == "-":      # standard input held the text; the keyboard is the terminal
+        if "-" in (args.text, args.file):      # standard input held the text; the keyboard is the terminal
             try:
-                sys.stdin = open("/dev/tty", encoding="utf-8")
+                os.dup2(os.open("/dev/tty", os.O_RDONLY), 0)
             except OSError:
                 raise UserError("--chat needs a terminal when the text comes from standard input; use --file") from None
-        chat(shine, lora, text, options, say)
+        chat(shine, lora, text, options, say, talk)
 
 
 if __name__ == "__main__":

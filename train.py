@@ -21,7 +21,6 @@ import os
 import random
 import re
 import string
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -32,9 +31,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import ASSETS, Examples, Source, Tokenizer, batches, load_assets, read_conversations, read_texts, run, train_bpe
+from data import (Examples, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
+                  train_bpe)
 from model import PRESETS, Config, LanguageModel, UserError, pick_device, write_file, write_json
-from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch
+from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, load_tokenizer
 
 STAGES = {  # the defaults of each stage
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
@@ -100,9 +100,8 @@ def token_accuracy(shine, texts):
         tok = shine.tokenizer
         head = tok.roles["user"] + [tok.recon, tok.im_end] + tok.newline + tok.roles["assistant"]
         row = torch.tensor([head + ids], device=shine.device)
-        with torch.no_grad():
-            lora = shine.generate_lora(torch.tensor([ids], device=shine.device))
-            guess = shine.base(row, None, lora).argmax(-1)[0, len(head) - 1:-1]
+        lora = shine.generate_lora(torch.tensor([ids], device=shine.device))
+        guess = shine.base(row, None, lora).argmax(-1)[0, len(head) - 1:-1]
         right, total = right + int((guess == row[0, len(head):]).sum()), total + len(ids)
     return right / total
 
@@ -130,7 +129,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas):
     """
     trained = module.trained()
     matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
-    vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}
+    vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}   # no decay
     pick = lambda names: [p for n, p in trained.items() if n in names]
     adam = [{"params": pick(vectors), "weight_decay": 0.0},
             {"params": pick(set(trained) - vectors - (matrix if muon_lr else set())), "weight_decay": weight_decay}]
@@ -204,18 +203,18 @@ def load_state(out, module, optimizers):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stage", required=True, choices=STAGES)
     add("--preset", default="tiny", choices=PRESETS, help="size of a new language model (stage base)")
     add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--steps", type=int, help="optimizer steps (instead of --minutes)")
-    add("--minutes", type=float, help="wall clock of the run; the learning rate decays to its end")
-    add("--batch", type=int, help="examples of one pass and process")
-    add("--accumulate", type=int, default=1, help="passes of one optimizer step")
-    add("--lr", type=float, help="peak, of AdamW")
+    add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
+    add("--minutes", type=positive(float), help="wall clock of the run; the learning rate decays to its end")
+    add("--batch", type=positive(int), help="examples of one pass and process")
+    add("--accumulate", type=positive(int), default=1, help="passes of one optimizer step")
+    add("--lr", type=positive(float), help="peak, of AdamW")
     add("--muon-lr", type=float, help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
@@ -228,22 +227,22 @@ def parse(argv):
     add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
     add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
-    add("--max-facts", type=int, default=8, help="facts in a generated text")
+    add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
-    add("--context-length", type=int, default=256)
-    add("--conversation-length", type=int, default=384)
+    add("--context-length", type=positive(int), default=192, help="longest text in tokens")
+    add("--conversation-length", type=positive(int), default=256, help="longest conversation in tokens")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
-    add("--rank", type=int, default=4, help="r of a new hypernetwork")
+    add("--rank", type=positive(int), default=4, help="r of a new hypernetwork")
     add("--meta-rank", type=int, default=8)
     add("--m2p-layers", type=int, default=4)
-    add("--scale", type=float, help="of a new hypernetwork (default: keeps the paper's initial weight change)")
-    add("--eval-every", type=float, default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
-    add("--eval-texts", type=int, default=60)
+    add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
+    add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
+    add("--eval-texts", type=positive(int), default=60)
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--float32", action="store_true", help="activations in float32 whatever the machine")
     add("--compile", action="store_true", help="torch.compile the layers")
-    add("--workers", type=int, default=1, help="processes that make batches; 0: in the loop")
+    add("--workers", type=int, default=1, choices=(0, 1), help="1: another process makes the batches; 0: the loop does")
     args = parser.parse_args(argv)
     defaults = STAGES[args.stage]
     for name, value in defaults.items():
@@ -256,7 +255,8 @@ def build(args, device, dtype, texts):
     """-> (module whose forward is the loss, language model, tokenizer, Shine or None)"""
     if args.stage == "base":
         if args.model:
-            model, tokenizer = LanguageModel.load(args.model, device, torch.float32), Tokenizer.load(args.model)
+            model = LanguageModel.load(args.model, device, torch.float32)
+            tokenizer = load_tokenizer(args.model, model)
         else:
             tokenizer = make_tokenizer(texts, args.vocab_size, args.seed)
             model = LanguageModel(Config(vocab_size=tokenizer.vocab_size, **PRESETS[args.preset]), args.seed).to(device)
@@ -266,10 +266,11 @@ def build(args, device, dtype, texts):
     model = LanguageModel.load(folder, device, dtype)         # frozen: cast once
     if (folder / "hypernet.json").is_file() and (args.model or args.stage == "finetune"):
         shine = Shine.load(folder, device, base=model)
+        args.context_length, args.conversation_length = shine.config.context_length, shine.config.conversation_length
     else:
         c = model.config
         scale = args.scale or 0.02 * 192 / c.hidden_size      # see ShineConfig.scale
-        shine = Shine(model, Tokenizer.load(folder), ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
+        shine = Shine(model, load_tokenizer(folder, model), ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
                                                                   args.context_length, args.conversation_length), args.seed)
     return shine.to(device), model, shine.tokenizer, shine
 
@@ -282,9 +283,17 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
-    out = Path(args.out or f"runs/{args.stage}")
+    out, log = Path(args.out or f"runs/{args.stage}"), None
     torch.manual_seed(args.seed)
 
+    if rank == 0 and not args.resume and (out / "state.safetensors").exists():
+        raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+    if rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl", "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
     texts = read_texts(args.text) if args.text else []
     records = [read_conversations(path, args.strict) for path in args.qa]
     if args.resume:
@@ -294,12 +303,21 @@ def main(argv=None):
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share)
     heldout = Source("heldout", args.max_facts)
+    examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
+                               max_facts=args.max_facts, split="heldout")
+    unseen_batch = collate([examples_unseen(i) for i in range(min(32, args.eval_texts))], tokenizer)
     unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
 
     optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas)
     state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = load_state(out, module, optimizers)
+        for name, before in state.get("args", {}).items():
+            if name == "stage" and before != args.stage:
+                raise UserError(f"{out} holds a run of stage {before}: go on with --stage {before}")
+            if name not in ("resume", "model", "out") and before != json.loads(json.dumps(vars(args).get(name))):
+                say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
+    state["args"] = vars(args)
     step_module = module
     if args.compile:
         torch._dynamo.config.cache_size_limit = 256
@@ -311,31 +329,26 @@ def main(argv=None):
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     say(f"{args.stage} on {why}: {sum(p.numel() for p in module.trained().values()):,} parameters train, {frozen:,} frozen"
         + (f", M = {shine.M} memory tokens, {shine.P * model.config.num_hidden_layers:,} numbers in a LoRA" if shine else ""))
-    log = None
     if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "log.jsonl", "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
-        tokenizer.save(out)
-        model.config.save(out)
-        if shine:
-            save_base(model, out)
         log.write(json.dumps({"args": vars(args), "machine": why, "torch": torch.__version__}) + "\n")
 
     def checkpoint():
+        """The model folder first, the state last: a kill in between leaves the older state, which fits any of these files."""
         if rank == 0:
+            tokenizer.save(out)
+            save_base(model, out)
+            if shine:
+                shine.save(out)
             save_state(out, module, optimizers, state)
-            shine.save(out) if shine else save_base(model, out)
 
     def evaluation():
-        """Loss on unseen texts is in the log line of training; here answers are generated and scored."""
+        """Loss on unseen examples of the stage; answers to unseen texts, generated and scored."""
         if rank:
             return
         module.eval()
         torch.compiler.set_stance("force_eager")       # every decode step is another shape: not worth compiling
-        metrics = {}
+        with torch.no_grad():
+            metrics = {"loss": round(module({k: v.to(device) for k, v in unseen_batch.items()}).item(), 4)}
         for condition in ("in-context", "question") + (("shine",) if shine else ()):
             if condition == "shine" or args.stage == "base" or not state["metrics"]:
                 scored = evaluate(model, tokenizer, unseen, condition, shine)
@@ -345,6 +358,7 @@ def main(argv=None):
         torch.compiler.set_stance("default")
         module.train()
         state["metrics"] = state["metrics"] | metrics
+        write_json(out / "state.json", state)
         say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
                                             for k, v in state["metrics"].items()))
         log.write(json.dumps({"step": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 2),
@@ -359,6 +373,10 @@ def main(argv=None):
     before = state["seconds"]
     module.train()
     while True:
+        if world > 1 and args.steps is None:       # one clock for all: rank 0's
+            clock = torch.tensor(state["seconds"], dtype=torch.float64, device=device)
+            dist.broadcast(clock, 0)
+            state["seconds"] = clock.item()
         progress = state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes
         clock = state["step"] if args.steps else state["seconds"] / 60
         if next_eval is None:
@@ -415,11 +433,10 @@ def main(argv=None):
         state["seconds"] = before + now - started
         if rank == 0:
             left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")
-            if state["step"] % 10 == 1 or args.steps and args.steps <= 50:
-                say(f"step {state['step']:5d}  loss {loss.item():.4f}  lr {lr:.2e}  norm "
-                    + "/".join(f"{n.item():.2f}" for n in norms.values())
-                    + f"  {tokens * world / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
-            log.write(json.dumps({"step": state["step"], "loss": round(loss.item(), 6), "lr": lr, "tokens": tokens * world,
+            say(f"step {state['step']:5d}  loss {loss.item():.4f}  lr {lr:.2e}  norm "
+                + "/".join(f"{n.item():.2f}" for n in norms.values())
+                + f"  {tokens * world / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
+            log.write(json.dumps({"step": state["step"], "loss": round(loss.item(), 6) if math.isfinite(loss.item()) else None, "lr": lr, "tokens": tokens * world,
                                   "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
                                   "norms": {k: round(n.item(), 4) for k, n in norms.items()}}) + "\n")
         last = now

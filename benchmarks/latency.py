@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import run
+from data import Parser, run
 from model import write_json
 from shine import DEFAULT_MODEL, Conversation, Shine
 
@@ -23,12 +23,12 @@ TEXT = "Mara keeps a green parrot called Biscuit in the lighthouse."
 QUESTION = "What is the parrot called?"
 
 
-def cold_start(runs):
+def cold_start(runs, model):
     """Seconds from starting `python shine.py TEXT --ask Q` to its first answer byte, and to its end."""
     first, total = [], []
     for _ in range(runs):
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, "-u", "shine.py", TEXT, "--ask", QUESTION], cwd=ROOT, stdout=subprocess.PIPE, text=True) as p:
+        with subprocess.Popen([sys.executable, "-u", "shine.py", TEXT, "--ask", QUESTION, "--model", model], cwd=ROOT, stdout=subprocess.PIPE, text=True) as p:
             for line in p.stdout:
                 if line.startswith("> "):
                     first.append(time.perf_counter() - started)
@@ -46,14 +46,14 @@ def median_ms(call, runs=15, warm=3):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args(argv)
     shine = Shine.load(args.model)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__,
-              "cold start": cold_start(args.runs), "LoRA from N tokens, warm, ms": {}}
+              "cold start": cold_start(args.runs, args.model), "LoRA from N tokens, warm, ms": {}}
     words = "the old man of the hill has a red boat and ".split() * 40
     with torch.no_grad():
         for n in (16, 50, 100, 200, 256):

@@ -7,7 +7,6 @@ Every question is answered greedily, one conversation a text, with the model's o
 match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7)
 """
 import argparse
-import json
 import random
 import time
 import warnings
@@ -15,7 +14,7 @@ import warnings
 import numpy as np
 import torch
 
-from data import Source, read_conversations, run
+from data import Parser, Source, positive, read_conversations, run
 from model import pick_device, write_json
 from shine import DEFAULT_MODEL, Shine
 from train import evaluate, token_accuracy
@@ -38,8 +37,8 @@ def groups(records, rows):
     """{name: rows}: everything, then by kind of question, turn, facts, where the set says so."""
     out = {"all": rows}
     for row in rows:
-        meta = records[row["record"]].get("meta") or {}
-        turns = len(records[row["record"]]["conversations"]) // 2
+        meta, turns = records[row["record"]].get("meta"), len(records[row["record"]]["conversations"]) // 2
+        meta = meta if isinstance(meta, dict) and len(meta.get("turns", ())) == turns else {}
         names = [f"turn {min(row['turn'] + 1, 8)}"] + (["conversations of 3 or more turns"] if turns >= 3 else [])
         names += [f"kind: {meta['turns'][row['turn']]}"] if "turns" in meta else []
         names += [f"{meta['facts']} facts"] if "facts" in meta else []
@@ -80,13 +79,13 @@ def table(result):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", help="JSON lines: context, conversations, optionally accept (right answers of each question)")
-    add("--generate", type=int, metavar="N", help="N held-out generated texts instead")
-    add("--turns", type=int, help="with --generate: questions on each text (default: 1 to 8)")
-    add("--facts", type=int, help="with --generate: facts in each text (default: 1 to 8)")
-    add("--limit", type=int, help="at most so many texts of the set")
+    add("--generate", type=positive(int), metavar="N", help="N held-out generated texts instead")
+    add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
+    add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
+    add("--limit", type=positive(int), help="at most so many texts of the set")
     add("--model", default=str(DEFAULT_MODEL))
     add("--json", metavar="OUT", help="write everything measured")
     add("--answers", metavar="OUT", help="write every text, question and answer")

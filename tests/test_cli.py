@@ -17,7 +17,7 @@ from shine import DEFAULT_MODEL, Shine
 from train import evaluate
 
 TEXT = "Mara keeps a green parrot called Biscuit in the lighthouse."
-SHIPPED_EXACT_MATCH = 0.6      # asserted below, on 40 held-out texts; the README's table has the measured figures
+SHIPPED_EXACT_MATCH = 0.5      # asserted below, on 40 held-out texts; the README's table has the measured figures
 
 
 def shell(*arguments, stdin="", script="shine.py", cwd=ROOT, **options):
@@ -86,7 +86,7 @@ def test_a_long_text_says_so_and_uses_what_fits(tmp_path, capsys):
     path = tmp_path / "long.txt"
     path.write_text("The old man has a boat. " * 9000, encoding="utf-8")
     call("--file", path, "--ask", "Who has a boat?")
-    assert "this model reads 256" in capsys.readouterr().out.splitlines()[0]
+    assert "this model reads 192" in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize("text", ["🦜🏠👩‍👩‍👧", "玛拉在灯塔里养了一只绿鹦鹉。", "x", "e\u0301" * 50, "\x00"])
@@ -156,7 +156,7 @@ def test_saving_where_one_cannot(tmp_path):
 
 def test_data_command_shows_and_writes(tmp_path):
     run = shell("--count", "1", script="data.py")
-    assert run.returncode == 0 and "\033[92m" in run.stdout and run.stdout.count("===") == 3
+    assert run.returncode == 0 and "\033[92m" in run.stdout and run.stdout.count("===") == 6
     run = shell("--write", tmp_path / "x.jsonl", "--count", "5", script="data.py")
     assert run.returncode == 0 and len((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 
@@ -175,7 +175,10 @@ def test_shipped_weights_answer_held_out_texts():
     """40 unseen texts of the procedural source: by LoRA alone, and hardly ever without the text."""
     shine, source = Shine.load(DEFAULT_MODEL), Source("heldout")
     records = [source.sample(random.Random(5 * 10**8 + i), n_turns=4) for i in range(40)]
-    score = lambda condition: sum(r["em"] for r in (rows := evaluate(shine.base, shine.tokenizer, records, condition, shine))) / len(rows)
+
+    def score(condition):
+        rows = evaluate(shine.base, shine.tokenizer, records, condition, shine)
+        return sum(row["em"] for row in rows) / len(rows)
     assert score("shine") > SHIPPED_EXACT_MATCH and score("question") < 0.2
 
 
@@ -185,7 +188,7 @@ def test_readme_commands_and_python_example():
     blocks = [b.split("```")[0] for b in readme.split("```python\n")[1:]]
     assert blocks
     for block in blocks:
-        run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TMPDIR": "/tmp"})
+        run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
         assert run.returncode == 0, run.stderr
     for name in ("model.py", "m2p.py", "shine.py", "data.py", "train.py", "benchmarks/quality.py", "benchmarks/latency.py"):
         assert name in readme or name.replace("/", ".").removesuffix(".py") in readme

@@ -28,7 +28,7 @@ def test_even_layers_mix_depths_and_odd_ones_memory_tokens():
 
 def test_position_embeddings_are_used():
     m2p = perturb(M2P(3, 4, 8, 2, 2))
-    x, states = m2p(torch.zeros(1, 3, 4, 8)).view(3, 4, 8), []
+    x = m2p(torch.zeros(1, 3, 4, 8)).view(3, 4, 8)
     assert len({tuple(v.tolist()) for v in x.flatten(0, 1)}) == 12
 
 

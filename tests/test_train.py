@@ -74,17 +74,22 @@ def test_optimizers_hold_exactly_what_trains(shine):
         make_optimizers(shine, 1e-3, 1e-3, 0.01, (0.9, 0.99))
 
 
-def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path):
+def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatch):
     """2 + stop + resume + 2 steps equal 4 steps: the schedule is that of --steps 4 in both."""
-    out = tmp_path / "halves"
-    code = ("import sys, train; real = train.evaluate; calls = []\n"
-            "def stop(*a, **k):\n    calls.append(1); r = real(*a, **k)\n    if len(calls) == 2: sys.exit(9)\n    return r\n"
-            "train.evaluate = stop; train.main(sys.argv[1:])")
-    args = BASE + ["--steps", "4", "--eval-every", "2", "--out", str(out)]
-    assert subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True).returncode == 9
-    assert json.loads((out / "state.json").read_text())["step"] == 2
+    args, calls, real = BASE + ["--steps", "4", "--eval-every", "2", "--out", str(tmp_path)], [], train.evaluate
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(args)
+    monkeypatch.setattr(train, "evaluate", real)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 2
     train.main(args + ["--resume"])
-    a, b = load_file(out / "state.safetensors"), load_file(folder / "base/state.safetensors")
+    a, b = load_file(tmp_path / "state.safetensors"), load_file(folder / "base/state.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -122,15 +127,22 @@ def test_accumulation_is_one_mean_over_all_counted_tokens(base, tokenizer):
 def test_two_processes_give_the_loss_of_one_with_twice_the_batch(folder, tmp_path):
     args = ["--stage", "pretrain", "--model", str(folder / "base"), "--steps", "3", "--eval-every", "99", "--rank", "2"] + BASE[4:]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "train.py", *args, "--batch", "2",
-                    "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py", *args, "--batch", "2",
+                    "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, env=environment, timeout=120)
     train.main([*args, "--batch", "4", "--out", str(tmp_path / "one")])
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl") if '"loss"' in line] for name in ("one", "two")]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
+    with pytest.raises(UserError, match="holds a run"):
+        train.main(BASE + ["--steps", "1", "--out", str(folder / "base")])
+    with pytest.raises(UserError, match="another stage|stage"):
+        train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--resume", "--out", str(folder / "pre"), "--steps", "9"] + BASE[4:])
+
+
 @pytest.mark.parametrize("arguments, word", [
-    (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
+    (["--steps", "0"], "0"), (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
     (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"),
     (["--out", "/proc/none"], "/proc/none")])
 def test_bad_arguments_end_in_one_line_and_status_2(arguments, word):
@@ -141,7 +153,6 @@ def test_bad_arguments_end_in_one_line_and_status_2(arguments, word):
 
 def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatch):
     """A full disk while saving must not destroy what was there."""
-    import model
     (tmp_path / "state.safetensors").write_bytes(b"older")
 
     def full(tensors, path, metadata=None):
@@ -152,4 +163,3 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match="No space left"):
         train.save_state(tmp_path, shine, [], {})
     assert (tmp_path / "state.safetensors").read_bytes() == b"older" and [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-    assert model.UserError is UserError
