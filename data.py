@@ -288,7 +288,7 @@ class Source:
     def __init__(self, split="train", max_facts=8, folder=ASSETS):
         assert split in ("train", "heldout"), split
         words, self.frames = load_assets(folder)
-        self.split, self.max_facts = split, max_facts
+        self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
         for kind, lines in words.items():
             part = [w for w in lines if held_out(w) == (split == "heldout")] if len(lines) >= 60 else lines
@@ -313,9 +313,19 @@ class Source:
         line = rng.choice(self.words[kind])
         return re.sub(r"\{([\w-]+)\}", expand, line) if "{" in line else line
 
+    def let_wild(self, tokenizer, share):
+        """Draw a share of the values from the tokenizer's whole words instead of their list: what a value is then says nothing
+        about the word it is, and the hypernetwork must copy tokens it never met in that place. Held-out words stay out."""
+        spared = {w for kind, lines in load_assets()[0].items() if len(lines) >= 60 for line in lines if held_out(line) for w in line.lower().split()}
+        words = (tokenizer.encoding.decode([i])[1:] for i in tokenizer.ranks.values() if tokenizer.prefix_space and i > 255)
+        self.wild, self.wild_share = sorted({w.lower() for w in words if re.fullmatch("[A-Za-z][a-z]{2,}", w)} - spared), share
+
     def fresh(self, kind, rng, used):
         for _ in range(20):
             value = self.value(kind, rng)
+            if self.wild and len(self.words[kind]) >= 60 and rng.random() < self.wild_share:
+                word = rng.choice(self.wild)
+                value = word[:1].upper() + word[1:] if value[:1].isupper() else word
             if value.lower() not in used:
                 break
         used.add(value.lower())
@@ -587,13 +597,15 @@ class Examples:
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
-                 copy_share=0.2, plain_share=0.1, split="train"):
+                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
         self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
         self.question_share = question_share      # share of question examples in the pretrain stage
         self.source, self.max_facts = Source(split, max_facts), max_facts
+        if wild_share:
+            self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 

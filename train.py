@@ -226,6 +226,7 @@ def parse(argv):
     add("--record-share", type=float, default=0.15, help="share of real conversations among the conversations")
     add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
     add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
+    add("--wild-share", type=float, default=0.3, help="share of generated values that are any word of the tokenizer")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
@@ -301,7 +302,7 @@ def main(argv=None):
     module, model, tokenizer, shine = build(args, device, dtype, texts)
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
-                        args.copy_share, args.plain_share)
+                        args.copy_share, args.plain_share, wild_share=args.wild_share)
     heldout = Source("heldout", args.max_facts)
     examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
                                max_facts=args.max_facts, split="heldout")

@@ -10,6 +10,7 @@ import argparse
 import random
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", help="JSON lines: context, conversations, optionally accept (right answers of each question)")
     add("--generate", type=positive(int), metavar="N", help="N held-out generated texts instead")
+    add("--split", choices=("heldout", "train"), default="heldout", help="with --generate: words never used in training, or those used")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
     add("--limit", type=positive(int), help="at most so many texts of the set")
@@ -100,12 +102,12 @@ def main(argv=None):
     if args.data:
         records = read_conversations(args.data)[:args.limit]
     else:
-        source = Source("heldout")
+        source = Source(args.split)
         records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns) for i in range(args.generate)]
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
     result = measure(shine, records)
     answers = result.pop("answers")
-    result |= {"set": args.data or f"{args.generate} generated held-out texts, seed {args.seed}", "model": str(args.model), "machine": why,
+    result |= {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}", "model": Path(args.model).name, "machine": why,
                "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if args.generate:
         result["reconstruction token accuracy"] = round(100 * token_accuracy(shine, [r["context"] for r in records[:200]]), 2)
