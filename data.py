@@ -6,6 +6,7 @@
     input_ids           (B, S)   int64    the answering pass: the conversation
     attention_mask      (B, S)   bool
     weights             (B, S)   float32  weight of the loss of predicting input_ids[:, t]; 0 = not counted
+    counted             (K,)     int64    the loss: where the flattened weights[:, 1:] are not 0
 
 One conversation (tokens between bars, the ones that carry loss in capitals); ids and weights come from one call:
 
@@ -23,6 +24,7 @@ import os
 import random
 import re
 import sys
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from functools import lru_cache
@@ -31,12 +33,16 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import UserError, read_json, write_file, write_json
+from model import UserError, read_file, read_json, write_file, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<RECON>", "<COMP>"]
+TASKS = [*SPECIAL[3:], "<NOTHING>"]      # the method's own, which no text may spell
 # words with their space, digits one by one, runs of signs, white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+QWEN_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+                r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+QWEN_SPECIAL = SPECIAL[:3]
 UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
 
 
@@ -92,32 +98,53 @@ def train_bpe(texts, vocab_size):
 class Tokenizer:
     """Text <-> ids on top of a tiktoken Encoding.
 
-    With prefix_space (our own vocabularies) every piece of content is encoded behind a space, so that " green" is one and
-    the same token in the text, in the question and as an answer.
+    special: names, which take the ids after the last rank, or {name: id}. With prefix_space (our own vocabularies) every
+    piece of content is encoded behind a space, so that " green" is one and the same token in the text, in the question and as
+    an answer. normalize: a Unicode form such as NFC, or None. think: what stands before an answer, as text; stops: ids.
     """
 
-    def __init__(self, ranks, pattern=PATTERN, special=SPECIAL, prefix_space=True):
+    def __init__(self, ranks, pattern=PATTERN, special=SPECIAL, prefix_space=True, normalize=None, think="", stops=None):
         first = max(ranks.values()) + 1
-        self.special = {name: first + i for i, name in enumerate(special)}
+        self.special = dict(special) if isinstance(special, dict) else {name: first + i for i, name in enumerate(special)}
         self.encoding = tiktoken.Encoding("shine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
-        self.ranks, self.pattern, self.prefix_space = ranks, pattern, prefix_space
-        self.vocab_size = first + len(special)
+        self.ranks, self.pattern, self.prefix_space, self.normalize = ranks, pattern, prefix_space, normalize
+        self.vocab_size = max(first, *(i + 1 for i in self.special.values()))
         self.end, self.im_start, self.im_end, self.recon, self.comp = (self.special[name] for name in SPECIAL)
+        self.stops = sorted(stops or (self.im_end, self.end))
+        self.splits = re.compile("(" + "|".join(map(re.escape, sorted(set(self.special) - set(TASKS), key=len, reverse=True))) + ")")
         self.newline = self.encoding.encode_ordinary("\n")
+        self.close = [self.im_end, *self.newline]
+        self.think = self.encode(think, special=True)
         self.roles = {role: [self.im_start, *self.encoding.encode_ordinary(role), *self.newline]
                       for role in ("system", "user", "assistant")}
 
-    def encode(self, text):
-        """str -> ids. Special tokens written in the text stay ordinary text."""
+    def encode(self, text, special=False):
+        """str -> ids. Special tokens written in the text stay ordinary text; with special=True they become their ids, as in
+        the Hugging Face tokenizer."""
+        if special:
+            parts = self.splits.split(text)                  # text, special, text, ...: each text is normalized by itself
+            return [i for k, part in enumerate(parts) for i in ([self.special[part]] if k % 2 else self.encode(part))]
         if not text:
             return []
         text = text.encode("utf-8", "replace").decode()      # a lone surrogate cannot be encoded
+        if self.normalize:
+            text = unicodedata.normalize(self.normalize, text)
         return self.encoding.encode_ordinary(" " + text if self.prefix_space else text)
 
     def decode(self, ids):
-        """ids -> str, the inverse of encode."""
-        text = self.encoding.decode(list(ids))
+        """ids -> str, the inverse of encode. An id that stands for nothing (rows that pad an embedding) gives nothing."""
+        text = b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
         return text[1:] if self.prefix_space and text[:1] == " " else text
+
+    def token_bytes(self, i):
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
+
+    def piece(self, i):
+        """One token as it can be printed."""
+        return self.token_bytes(i).decode("utf-8", "replace").replace("\n", "\\n")
 
     def save(self, folder):
         ranks = [base64.b64encode(token).decode() for token, _ in sorted(self.ranks.items(), key=lambda kv: kv[1])]
@@ -134,13 +161,146 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not one of our tokenizers ({error!r})") from None
 
+    def save_hugging_face(self, folder):
+        """tokenizer.json and tokenizer_config.json, as transformers reads them; the chat template puts our space where it belongs."""
+        letter = {b: c for c, b in unicode_to_byte().items()}
+        spell = lambda token: "".join(letter[b] for b in token)
+        merges = [[spell(part) for part in halves(self.ranks, token)] for token, _ in sorted(self.ranks.items(), key=lambda kv: kv[1])
+                  if len(token) > 1]
+        added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                 for name, i in sorted(self.special.items(), key=lambda kv: kv[1])]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        write_json(Path(folder) / "tokenizer.json", {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": self.normalize} if self.normalize else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None, "decoder": byte_level | {"use_regex": True},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {spell(token): i for token, i in self.ranks.items()}, "merges": merges}})
+        space, think = " " * self.prefix_space, "".join(map(self.piece, self.think))
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False, "chat_template":
+                "{% for message in messages %}<|im_start|>{{ message.role }}\n" + space + "{{ message.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n" + think + "{% endif %}"})
+
+    @classmethod
+    def from_hugging_face(cls, folder):
+        """The tokenizer of a Hugging Face Qwen folder: tokenizer.json, or vocab.json + merges.txt + tokenizer_config.json.
+
+        `<RECON>`, `<COMP>` and `<NOTHING>` take the three ids after its last, as in the published code. UserError names the
+        file and what in it is of a kind that this byte-level BPE is not.
+        """
+        folder = Path(folder)
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        pattern, normalize = QWEN_PATTERN, "NFC"
+        try:
+            if (folder / "tokenizer.json").is_file():
+                path = folder / "tokenizer.json"
+                raw = read_json(path)
+                pattern, normalize = splitting(path, raw)
+                vocab, merges = raw["model"]["vocab"], raw["model"]["merges"]
+                special = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
+            else:
+                path = folder / "vocab.json"
+                vocab = read_json(path)
+                lines = read_file(folder / "merges.txt").split("\n")
+                merges = [line for line in lines[lines[0].startswith("#version"):] if line]
+                special = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+            special = special or dict(zip(QWEN_SPECIAL, range(len(vocab), len(vocab) + 3)))
+            byte = unicode_to_byte()
+            spell = lambda token: bytes(byte[c] for c in token)
+            ranks = {spell(token): i for token, i in vocab.items() if token not in special}
+            made = [ranks[spell(a) + spell(b)] for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a byte-level BPE as Qwen's ({error!r})") from None
+        if any(a >= b for a, b in zip(made, made[1:])) or len(made) + 256 != len(ranks) or any(bytes([b]) not in ranks for b in range(256)):
+            raise UserError(f"{path}: the merges are not in the order of their ids, so this is not a vocabulary as Qwen's")
+        missing = [name for name in QWEN_SPECIAL if name not in special]
+        if missing:
+            raise UserError(f"{path} has no token {missing[0]}: the chat format needs it")
+        last = max(*ranks.values(), *special.values())
+        special |= {name: last + 1 + i for i, name in enumerate(TASKS)}
+        template = settings.get("chat_template") or ""
+        if (folder / "chat_template.jinja").is_file():
+            template = read_file(folder / "chat_template.jinja")
+        think = "<think>\n\n</think>\n\n" if "<think>" in special and (not template or "enable_thinking" in template) else ""
+        stops = [special["<|im_end|>"], special["<|endoftext|>"]]
+        if (folder / "generation_config.json").is_file():
+            eos = read_json(folder / "generation_config.json").get("eos_token_id") or stops
+            stops = eos if isinstance(eos, list) else [eos]
+        return cls(ranks, pattern, special, False, normalize, think, stops)
+
+
+def halves(ranks, token):
+    """The two tokens that a byte-level BPE joins last to make this one.
+
+    >>> halves({b"a": 0, b"b": 1, b"ab": 2, b"abb": 3}, b"abb")
+    [b'ab', b'b']
+    """
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], float("inf")))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+class Ids:
+    """Stands in for a tokenizer: a text is token ids in decimal, and a conversation is its ids in a row, without a chat format.
+
+    >>> Ids().encode("5 17")
+    [5, 17]
+    """
+    end, roles, close, think, stops, prefix_space = 0, {"system": [], "user": [], "assistant": []}, [], [], [], True
+
+    def encode(self, text):
+        if not re.fullmatch(r"\s*\d+(\s+\d+)*\s*", text or "", re.ASCII):
+            raise UserError(f"--ids: {text[:40]!r} is not a row of token ids such as '5 17 3'")
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+    piece = staticmethod(str)
+
+
+def splitting(path, raw):
+    """tokenizer.json -> (the pattern that cuts words, Unicode form or None); anything but Qwen's kind is refused."""
+    def need(value, wanted, where):
+        if value not in wanted:
+            raise UserError(f"{path}: {where} = {value!r} is not supported, only {' or '.join(map(repr, wanted))}")
+    need(raw["model"].get("type", "BPE"), ("BPE",), "model.type")
+    for key, plain in (("dropout", (None,)), ("byte_fallback", (None, False)), ("ignore_merges", (None, False)),
+                       ("continuing_subword_prefix", (None, "")), ("end_of_word_suffix", (None, ""))):
+        need(raw["model"].get(key), plain, f"model.{key}")
+    normalizer = raw.get("normalizer") or {}
+    need(normalizer.get("type"), (None, "NFC", "NFKC", "NFD", "NFKD"), "normalizer.type")
+    steps = raw.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    need([step.get("type") for step in steps], (["Split", "ByteLevel"],), "pre_tokenizer")
+    need(steps[0].get("behavior"), ("Isolated",), "pre_tokenizer.behavior")
+    need(steps[0].get("invert", False), (False,), "pre_tokenizer.invert")
+    need((steps[1].get("add_prefix_space"), steps[1].get("use_regex")), ((False, False),), "ByteLevel (add_prefix_space, use_regex)")
+    return steps[0]["pattern"]["Regex"], normalizer.get("type")
+
+
+@lru_cache(maxsize=None)
+def unicode_to_byte():
+    """The table of byte-level BPE files: printable characters stand for themselves, the other bytes for U+0100 and up."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
 
 # ---------------------------------------------------------------------------- conversations
 def render(tokenizer, turns, context=None, context_weight=0.0, open_ended=False):
     """A conversation -> (ids, weights), lists of one length. ChatML, the text in a system turn where there is one.
 
     turns: [(role, content)], content a str or a list of ids. Loss is on the assistant's content and its <|im_end|>;
-    `context_weight` is the weight of the text's own tokens. open_ended ends with an open assistant turn, for generation.
+    `context_weight` is the weight of the text's own tokens. open_ended ends with an open assistant turn, for generation
+    (an empty think block in it where the model's template has one; training has none, as in the published code).
     """
     ids, weights = [], []
 
@@ -152,12 +312,15 @@ def render(tokenizer, turns, context=None, context_weight=0.0, open_ended=False)
         turns = [("system", context), *turns]
     for role, content in turns:
         weight = {"assistant": 1.0, "system": context_weight}.get(role, 0.0)
-        add(tokenizer.roles[role], 0.0)
-        add(tokenizer.encode(content) if isinstance(content, str) else content, weight)
-        add([tokenizer.im_end], 1.0 if role == "assistant" else 0.0)
-        add(tokenizer.newline, 0.0)
+        if role == "user" and isinstance(content, str) and not tokenizer.prefix_space:       # in one piece, as the template is
+            add([tokenizer.im_start, *tokenizer.encode(f"user\n{content}")], 0.0)
+        else:
+            add(tokenizer.roles[role], 0.0)
+            add(tokenizer.encode(content) if isinstance(content, str) else content, weight)
+        add(tokenizer.close[:1], 1.0 if role == "assistant" else 0.0)
+        add(tokenizer.close[1:], 0.0)
     if open_ended:
-        add(tokenizer.roles["assistant"], 0.0)
+        add(tokenizer.roles["assistant"] + tokenizer.think, 0.0)
     return ids, weights
 
 
@@ -317,7 +480,7 @@ class Source:
         """Draw a share of the values from the tokenizer's whole words instead of their list: what a value is then says nothing
         about the word it is, and the hypernetwork must copy tokens it never met in that place. Held-out words stay out."""
         spared = {w for kind, lines in load_assets()[0].items() if len(lines) >= 60 for line in lines if held_out(line) for w in line.lower().split()}
-        words = (tokenizer.encoding.decode([i])[1:] for i in tokenizer.ranks.values() if tokenizer.prefix_space and i > 255)
+        words = (token[1:].decode() for token in tokenizer.ranks if re.fullmatch(rb" [A-Za-z]+", token))
         self.wild, self.wild_share = sorted({w.lower() for w in words if re.fullmatch("[A-Za-z][a-z]{2,}", w)} - spared), share
 
     def fresh(self, kind, rng, used):
@@ -597,7 +760,7 @@ class Examples:
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
-                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0):
+                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -607,6 +770,7 @@ class Examples:
         if wild_share:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
+        self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
     def __call__(self, index):
@@ -663,9 +827,12 @@ class Examples:
         tok = self.tokenizer
         if rng.random() < self.question_share:
             return self.finetune(rng)
-        texts = [self.passage(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-        while len(texts) > 1 and sum(len(t) for t in texts) > 2 * self.context_length:      # characters
-            texts.pop()
+        size = lambda text: len(tok.encode(text)) + len(tok.close) + len(tok.roles["user"]) + len(tok.roles["assistant"]) + 3
+        texts = [self.passage(rng)]
+        used, room = size(texts[0]), min(self.context_length, self.conversation_length)
+        while rng.random() < self.packing and used + size(more := self.passage(rng)) <= room:
+            texts.append(more)
+            used += size(more)
         context, turns = (reconstruction if rng.random() < 0.5 else completion)(tok, texts, rng)
         return context, *render(tok, turns)
 
@@ -693,6 +860,7 @@ def collate(examples, tokenizer):
     batch = {}
     batch["input_ids"], batch["attention_mask"] = pad(rows, tokenizer.end)
     batch["weights"] = pad(weights, 0.0)[0].float()
+    batch["counted"] = batch["weights"][:, 1:].flatten().nonzero()[:, 0]
     if contexts[0] is not None:
         batch["context_ids"], batch["context_mask"] = pad(contexts, tokenizer.end)
     return batch
@@ -719,10 +887,9 @@ def batches(examples, batch_size, start=0, rank=0, world=1, pool=16):
 # ---------------------------------------------------------------------------- python data.py
 def show(tokenizer, context, ids, weights):
     """Print one example: the context grey, tokens that carry loss green, one bar between tokens."""
-    piece = lambda i: tokenizer.encoding.decode([i]).replace("\n", "\\n")
     if context:
-        print("\033[90m" + "|".join(map(piece, context)) + "\033[0m")
-    print("|".join(f"\033[92m{piece(i)}\033[0m" if w >= 1 else f"\033[33m{piece(i)}\033[0m" if w else piece(i)
+        print("\033[90m" + "|".join(map(tokenizer.piece, context)) + "\033[0m")
+    print("|".join(f"\033[{92 if w >= 1 else 33}m{tokenizer.piece(i)}\033[0m" if w else tokenizer.piece(i)
                    for i, w in zip(ids, weights)))
 
 

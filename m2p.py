@@ -13,9 +13,12 @@ The output needs no head: row i, (M, H), is read as one flat vector of M * H num
 i's LoRA (model.cut cuts them into A and B). So M * H = P = r * sum(in + out), which fixes M.
 The names of the parameters are those of the published code, whose checkpoints therefore load by name.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def memory_tokens(lora_size, hidden_size):
@@ -82,6 +85,7 @@ class M2P(nn.Module):
     def __init__(self, L, M, H, num_layers=4, heads=None):
         super().__init__()
         self.layer_pe, self.token_pe = nn.Parameter(torch.zeros(L, H)), nn.Parameter(torch.zeros(M, H))
+        self.checkpointing = False      # keep each layer's input only and compute the layer again on the way back
         self.transformer_layers = nn.ModuleList(EncoderLayer(H, heads or attention_heads(H)) for _ in range(num_layers))
 
     def forward(self, memory_states, trace=None):
@@ -90,7 +94,8 @@ class M2P(nn.Module):
         assert (L, H) == self.layer_pe.shape and M == len(self.token_pe), (memory_states.shape, self.layer_pe.shape)
         x = memory_states + self.layer_pe.to(dtype)[:, None] + self.token_pe.to(dtype)      # (B, L, M, H)
         for i, layer in enumerate(self.transformer_layers):
-            x = layer(x.transpose(1, 2)).transpose(1, 2) if i % 2 == 0 else layer(x)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer
+            x = run(x.transpose(1, 2)).transpose(1, 2) if i % 2 == 0 else run(x)
             if trace:
                 trace(f"M2P layer {i}, over the {'L axis' if i % 2 == 0 else 'M axis'}", x)
         return x.reshape(B, L, M * H)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
@@ -61,15 +62,21 @@ class Config:
     def load(cls, folder):
         """Read folder/config.json. Fields we do not have are ignored unless they change the computation."""
         raw = read_json(Path(folder) / "config.json")
-        for key, plain in (("attention_bias", False), ("rope_scaling", None), ("use_sliding_window", False),
-                           ("hidden_act", "silu"), ("model_type", "qwen3")):
-            if raw.get(key, plain) != plain:
-                raise UserError(f"{folder}/config.json: {key} = {raw[key]!r} is not supported, only {plain!r}")
+        rope = raw.get("rope_parameters") or {}
+        for key, value, plain in (
+                ("architectures", raw.get("architectures") or ["Qwen3ForCausalLM"], ["Qwen3ForCausalLM"]),
+                ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
+                ("layer_types", sorted(set(raw.get("layer_types") or ["full_attention"])), ["full_attention"]),
+                *((key, raw.get(key, plain), plain) for key, plain in (
+                    ("model_type", "qwen3"), ("attention_bias", False), ("rope_scaling", None), ("use_sliding_window", False),
+                    ("hidden_act", "silu"), ("quantization_config", None)))):
+            if value != plain:
+                raise UserError(f"{folder}/config.json: {key} = {value!r} is not supported, only {plain!r}")
         known = {f.name for f in fields(cls)}
         missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} - set(raw)
         if missing:
             raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
-        raw["rope_theta"] = (raw.get("rope_parameters") or raw).get("rope_theta", 10000.0)
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         for key, default in (("head_dim", 128), ("num_key_value_heads", 32), ("tie_word_embeddings", False)):   # Qwen3's own
             raw.setdefault(key, default)
         wrong = [f.name for f in fields(cls) if f.name in raw and (isinstance(raw[f.name], bool) is not (f.type in (bool, "bool"))
@@ -90,6 +97,13 @@ PRESETS = {  # our own models: the same class at other sizes; vocab_size comes f
                  intermediate_size=512),                                                 # 2.4 M + embeddings: a laptop
     "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=3, head_dim=64,
                   intermediate_size=1024, max_position_embeddings=2048),                 # 19.5 M + embeddings: one GPU
+}
+QWEN3 = {  # the released sizes: H, L, heads, I, tied embeddings; what they share stands below
+    name: dict(vocab_size=151936, hidden_size=H, num_hidden_layers=L, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+               intermediate_size=I, rope_theta=1e6, tie_word_embeddings=tied, max_position_embeddings=40960)
+    for name, H, L, heads, I, tied in (
+        ("qwen3-0.6b", 1024, 28, 16, 3072, True), ("qwen3-1.7b", 2048, 28, 16, 6144, True), ("qwen3-4b", 2560, 36, 32, 9728, True),
+        ("qwen3-8b", 4096, 36, 32, 12288, False), ("qwen3-14b", 5120, 40, 40, 17408, False), ("qwen3-32b", 5120, 64, 64, 25600, False))
 }
 
 
@@ -140,11 +154,38 @@ def map_lora(fn, lora):
 
 def linear(x, weight, ab=None):
     """y = x W^T + (x A) B.  x (B, T, in), weight (out, in), ab None or (A, B) with or without a batch axis."""
-    y = F.linear(x, weight.to(x.dtype))
+    y = product(x, weight)
     if ab is not None:
         A, B = ab
         y = y + (x @ A.to(x.dtype)) @ B.to(x.dtype)
     return y
+
+
+def product(x, weight):
+    """x W^T in the dtype of x. bf16 weights that meet float32 activations (a CPU without bf16 hardware) are turned into float32
+    for the moment of the product, a part at a time; a single row, a decode step, is rounded to bf16 instead: 4 times as fast."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        return FrozenProduct.apply(x, weight)
+    if x.numel() == x.shape[-1] and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    if weight.numel() > 2 ** 25 and not torch.is_grad_enabled():      # an output matrix: 0.6 GB in float32 for Qwen3-0.6B
+        return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(16384)], -1)
+    return F.linear(x, weight.to(x.dtype))
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a frozen W of another dtype, which is cast anew on the way back: no copy of it is kept in between."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0].to(grad.dtype), None
 
 
 # ---------------------------------------------------------------------------- the transformer
@@ -261,6 +302,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.model = config, Body(config)
         self.compute_dtype = None      # dtype of the activations; None: that of the weights
+        self.name = ""                 # of the folder it came from
+        self.checkpointing = False     # keep each layer's input only and compute the layer again on the way back
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         generator = torch.Generator().manual_seed(seed)
@@ -278,19 +321,20 @@ class LanguageModel(nn.Module):
     def loss(self, batch, lora=None, total=None):
         """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6).
 
-        total: what the sum is divided by; None: the sum of this batch's weights. Logits are computed only where a token counts.
+        total: what the sum is divided by; None: the sum of this batch's weights. Logits are computed only where a token counts:
+        at the positions batch["counted"] (K,) of the flattened (B, S - 1); found here where the batch lacks them.
         """
-        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora)
-        weights = batch["weights"][:, 1:]
-        counted = weights > 0
-        logits = self.head(hidden[:, :-1][counted]).float()                                  # (counted tokens, V)
-        losses = F.cross_entropy(logits, batch["input_ids"][:, 1:][counted], reduction="none")
+        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora)[:, :-1].flatten(0, 1)
+        weights, targets = batch["weights"][:, 1:].flatten(), batch["input_ids"][:, 1:].flatten()
+        counted = batch["counted"] if "counted" in batch else weights.nonzero()[:, 0]
+        logits = self.head(hidden[counted]).float()                                          # (K, V)
+        losses = F.cross_entropy(logits, targets[counted], reduction="none")
         return (losses * weights[counted]).sum() / (weights.sum() if total is None else total)
 
     def head(self, hidden):
         """hidden (..., H) -> logits (..., V)."""
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight.to(hidden.dtype))
+        return product(hidden, weight)
 
     def hidden(self, input_ids, attention_mask=None, lora=None, cache=None):
         """The states behind the last norm, (B, T, H). With a cache the ids continue what it holds."""
@@ -320,7 +364,8 @@ class LanguageModel(nn.Module):
         angles, bias = self._positions(x, mask, start)
         kept = []
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, angles, bias, lora[i] if lora else {}, cache, i)
+            args = x, angles, bias, lora[i] if lora else {}, cache, i
+            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
             if keep:
                 kept.append(x[:, -keep:])
         if cache is not None:
@@ -391,16 +436,25 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------------ folders
     @classmethod
     def load(cls, folder, device="cpu", dtype=None):
-        """Read a folder of config.json and model.safetensors; every tensor is checked by name and shape."""
+        """Read a folder of config.json and model.safetensors, or the files its model.safetensors.index.json names.
+
+        Every tensor is checked by name and shape. Files are memory-mapped: on the CPU and without a dtype nothing is copied,
+        on a GPU each tensor goes straight there.
+        """
         config = Config.load(folder)
         with torch.device("meta"):
             model = cls(config)
-        path = Path(folder) / "model.safetensors"
-        tensors = read_tensors(path, device)
+        tensors = {}
+        for path in weight_files(folder):
+            part = read_tensors(path, device)
+            if twice := sorted(set(part) & set(tensors)):
+                raise UserError(f"{path} holds {twice[0]}, which another file of {folder} holds too")
+            tensors |= {k: part.pop(k).to(dtype) if dtype else part.pop(k) for k in list(part)}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        check_tensors(path, tensors, {k: v.shape for k, v in model.state_dict().items()})
-        model.load_state_dict({k: v.to(dtype or v.dtype) for k, v in tensors.items()}, assign=True)
+        check_tensors(folder, tensors, {k: v.shape for k, v in model.state_dict().items()})
+        model.load_state_dict(tensors, assign=True)
+        model.name = Path(folder).resolve().name
         return model
 
 
@@ -428,17 +482,41 @@ def pick_device(name="auto"):
 
 
 # ---------------------------------------------------------------------------- files, read and written with care
-def read_json(path):
-    """A JSON object as a dict, or a UserError that names the file."""
+def read_file(path):
+    """A text file as str, or a UserError that names the file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path):
+    """A JSON object as a dict, or a UserError that names the file."""
+    try:
+        value = json.loads(read_file(path))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder: model.safetensors, or the shards of model.safetensors.index.json."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) and Path(name).name == name for name in where.values()):
+        raise UserError(f"{index} has no weight_map of file names")
+    files = [folder / name for name in sorted(set(where.values()))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing, {index.name} names it; fetch it again")
+    return files
 
 
 def read_tensors(path, device="cpu"):

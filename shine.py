@@ -13,12 +13,15 @@ What trains: memory embeddings, meta LoRA, M2P. Nothing else; the language model
     python shine.py --file notes.txt --ask "Who came?" --ask "When?" --save notes.safetensors
     python shine.py --load notes.safetensors --chat
     python shine.py "Some text." --inspect
+    python shine.py "Some text." --base Qwen3-8B --hypernet SHINE-8B --chat        (Hugging Face and published folders)
 """
 import argparse
 import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import sys
 import time
 import warnings
@@ -30,10 +33,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import Parser, Tokenizer, pad, render, run
+from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
 from model import (LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
-                   read_json, read_tensors, write_file, write_json)
+                   read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/tiny"
 
@@ -48,6 +51,9 @@ class ShineConfig:
     scale: float = 0.02             # A and B are multiplied by sqrt(scale); the paper's 0.001 belongs to H = 4096
     context_length: int = 256       # longest text in tokens
     conversation_length: int = 384  # longest conversation in tokens
+
+
+PUBLISHED_LENGTHS = ShineConfig(context_length=2380, conversation_length=1150)      # the longest of section 6
 
 
 class LoRA(list):
@@ -73,6 +79,36 @@ class LoRA(list):
         info = {k: str(v) for k, v in self.row(0).info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
+    def export_peft(self, folder, base_name):
+        """Write one row as a PEFT adapter: lora_A.weight = A^T (r, in), lora_B.weight = B^T (out, r), alpha = r so that PEFT's
+        factor alpha / r is 1. base_name: what PEFT's users load the language model by."""
+        tensors = {f"base_model.model.model.layers.{i}.{name}.lora_{half}.weight": t[0].detach().float().cpu().T.contiguous()
+                   for i, layer in enumerate(self) for name, pair in layer.items() for half, t in zip("AB", pair)}
+        write_file(Path(folder) / "adapter_model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+        write_json(Path(folder) / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
+            "lora_alpha": self.r, "target_modules": [name.split(".")[1] for name in self[0]], "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
+
+    def merge_into(self, base_folder, folder):
+        """Write a whole model folder with W + (A B)^T in the place of W, file by file, in the dtype of the base."""
+        base_folder, folder = Path(base_folder), Path(folder)
+        if folder.resolve() == base_folder.resolve():
+            raise UserError(f"{folder} is the language model itself: choose another folder")
+        for path in weight_files(base_folder):
+            tensors = read_tensors(path)
+            for i, layer in enumerate(self):
+                for name, (A, B) in layer.items():
+                    if (key := f"model.layers.{i}.{name}.weight") in tensors:
+                        W = tensors[key]
+                        tensors[key] = (W.float() + (A[0].float() @ B[0].float()).T.cpu()).to(W.dtype).contiguous()
+            write_file(folder / path.name, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+        for path in base_folder.iterdir():      # config, tokenizer, index
+            if path.suffix in (".json", ".txt", ".jinja") and path.name != "hypernet.json":
+                write_file(folder / path.name, lambda p: shutil.copyfile(path, p))
+        if (base_folder / "bpe.json").is_file():
+            Tokenizer.load(base_folder).save_hugging_face(folder)
+
     @classmethod
     def load(cls, path, base):
         """Read a saved LoRA for this language model; one made for another is refused."""
@@ -82,7 +118,8 @@ class LoRA(list):
         if info.get("format") != "shine-lora-1":
             raise UserError(f"{path} is not a LoRA that --save wrote")
         if info.get("base") != fingerprint(base):
-            raise UserError(f"{path} was made for another language model ({info.get('base')}, this one is {fingerprint(base)})")
+            raise UserError(f"{path} was made for another language model ({info.get('base_name') or 'unnamed'}, {info.get('base')}; "
+                            f"this one is {fingerprint(base)})")
         r, layout = int(info["r"]) if info.get("r", "").isdigit() else 0, lora_layout(base.config)
         check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
                                       for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
@@ -92,17 +129,69 @@ class LoRA(list):
 
 
 def fingerprint(base):
-    """Names a language model by its config and its norms: 12 hex digits."""
+    """Names a language model by a hash of its config and its norms: 12 hex digits."""
+    if base.model.norm.weight.is_meta:
+        return ""
     state = json.dumps(asdict(base.config), sort_keys=True).encode()
     norms = torch.cat([p.detach().bfloat16().float().cpu() for n, p in base.named_parameters() if p.dim() == 1])
     return hashlib.sha256(state + norms.numpy().tobytes()).hexdigest()[:12]
 
 
 def load_tokenizer(folder, base):
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > base.config.vocab_size:
-        raise UserError(f"{folder}/bpe.json has {tokenizer.vocab_size} tokens, more than the model's {base.config.vocab_size}")
+    """The tokenizer of a model folder: ours (bpe.json) or Hugging Face's."""
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("bpe.json", "tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder} has no tokenizer: bpe.json is missing, and so are tokenizer.json and vocab.json "
+                        "(without one, give token ids with --ids)")
+    tokenizer = Tokenizer.load(folder) if (folder / "bpe.json").is_file() else Tokenizer.from_hugging_face(folder)
+    if tokenizer.recon > base.config.vocab_size:
+        raise UserError(f"{folder} has {tokenizer.recon} tokens, more than the {base.config.vocab_size} rows of the model's embedding")
     return tokenizer
+
+
+def read_published(folder):
+    """The files of the published code (pickles, read as tensors and nothing else) -> {name: tensor} for load_published."""
+    def read(name):
+        path = Path(folder) / name
+        try:
+            if not path.is_file():
+                raise UserError(f"{path} is missing: a published hypernetwork has metanetwork.pth, metalora.pth and mem_tokens.pt")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{path} does not hold tensors and nothing else ({str(error).splitlines()[0][:90]}); "
+                            "nothing in it was run") from None
+    short = {"attention": ("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
+             "mlp": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})}
+    tensors = {"mem_tokens": read("mem_tokens.pt")} | {f"metanetwork.{n}": t for n, t in read("metanetwork.pth").items()}
+    meta = read("metalora.pth")
+    try:
+        for i, layer in meta.items() if isinstance(meta, dict) else enumerate(meta):
+            for part, (prefix, linears) in short.items():
+                for key, name in linears.items():
+                    for half in "AB":
+                        tensors[f"metalora.layers.{i}.{prefix}.{name}.lora_{half}"] = layer[part][key][half]
+        wrong = [n for n, t in tensors.items() if not torch.is_tensor(t)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/metalora.pth is not a meta LoRA as the published code writes it ({error!r})") from None
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0]} is not a tensor")
+    return tensors
+
+
+def published_config(folder, tensors, base_config, scale=None, m2p_heads=None):
+    """The sizes that the tensors of a published hypernetwork tell; scale and heads they do not: by the paper's settings."""
+    try:
+        M, H = tensors["mem_tokens"].shape
+        meta_r = tensors["metalora.layers.0.self_attn.q_proj.lora_A"].shape[-1]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder}: mem_tokens.pt or metalora.pth has not the published form ({error})") from None
+    per_rank = lora_size(base_config, 1)
+    if H != base_config.hidden_size or M * H % per_rank:
+        raise UserError(f"{folder} was made for another language model: {M} memory tokens of width {H} are no LoRA of one of "
+                        f"width {base_config.hidden_size} with {per_rank} numbers a layer and rank")
+    layers = 1 + max((int(n.split(".")[2]) for n in tensors if n.startswith("metanetwork.transformer_layers.")), default=-1)
+    return ShineConfig(r=M * H // per_rank, meta_r=meta_r, m2p_layers=layers, m2p_heads=m2p_heads or 0, scale=scale or 0.001,
+                       context_length=PUBLISHED_LENGTHS.context_length, conversation_length=PUBLISHED_LENGTHS.conversation_length)
 
 
 class Shine(nn.Module):
@@ -111,23 +200,26 @@ class Shine(nn.Module):
     def __init__(self, base, tokenizer, config=ShineConfig(), seed=0):
         super().__init__()
         self.base, self.tokenizer, self.config = base.requires_grad_(False), tokenizer, config
-        self.base_name = fingerprint(base)
+        self.base_id = fingerprint(base)
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
         try:
             self.M = memory_tokens(self.P, H)
         except ValueError as error:
             raise UserError(str(error)) from None
-        generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)
+        self.memory = nn.Parameter(torch.zeros(self.M, H))
+        self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
+        if self.memory.is_meta:
+            return
+        generator = torch.Generator().manual_seed(seed)
         # zero (the published start) meets RMSNorm with a gradient of 1e5; small and random does not
-        self.memory = nn.Parameter(0.02 * torch.randn(self.M, H, generator=generator))
-        # the meta LoRA is kept flat and cut like the generated one: A normal times sqrt(scale), B zero
-        self.meta_lora = nn.Parameter(flatten([                                              # (L, P of rank meta_r)
-            {name: (torch.randn(n_in, config.meta_r, generator=generator) * math.sqrt(config.scale),
-                    torch.zeros(config.meta_r, n_out)) for name, n_in, n_out in lora_layout(c)} for _ in range(L)]))
+        self.memory.data.normal_(0, 0.02, generator=generator)
+        for layer in cut(self.meta_lora.data, c, config.meta_r):                             # A normal times sqrt(scale), B zero
+            for A, _ in layer.values():
+                A.normal_(0, math.sqrt(config.scale), generator=generator)
 
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""
@@ -142,7 +234,7 @@ class Shine(nn.Module):
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
         flat = self.m2p(memory_states, trace) * math.sqrt(self.config.scale)                 # (B, L, P)
-        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r, {"base": self.base_name})
+        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r, {"base": self.base_id, "base_name": self.base.name})
 
     def generate_lora(self, context, mask=None):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
@@ -176,18 +268,18 @@ class Shine(nn.Module):
 
     @property
     def device(self):
-        return self.memory.device
+        return self.base.model.norm.weight.device
 
-    def load_published(self, tensors):
-        """Take the tensors of a hypernetwork as the published code names them: mem_tokens (M, H), metanetwork.<M2P name>,
+    def from_published(self, tensors):
+        """Tensors as the published code names them -> as ours are named: mem_tokens (M, H), metanetwork.<M2P name>,
         metalora.layers.<i>.<linear>.lora_A (1, in, meta_r) and lora_B (1, meta_r, out)."""
-        own = {"memory": tensors["mem_tokens"]}
-        own |= {"m2p." + n.removeprefix("metanetwork."): t for n, t in tensors.items() if n.startswith("metanetwork.")}
-        own["meta_lora"] = flatten([{name: tuple(tensors[f"metalora.layers.{i}.{name}.lora_{half}"][0] for half in "AB")
-                                     for name, _, _ in lora_layout(self.base.config)} for i in range(self.base.config.num_hidden_layers)])
-        check_tensors("the published hypernetwork", own, {n: p.shape for n, p in self.trained().items()})
-        self.load_state_dict(own, strict=False)
-        return self
+        try:
+            meta = [{name: tuple(tensors[f"metalora.layers.{i}.{name}.lora_{half}"][0] for half in "AB")
+                     for name, _, _ in lora_layout(self.base.config)} for i in range(self.base.config.num_hidden_layers)]
+        except KeyError as error:
+            raise UserError(f"the published hypernetwork lacks {error}: it was made for another language model") from None
+        return {"memory": tensors["mem_tokens"], "meta_lora": flatten(meta)} | {
+            "m2p." + n.removeprefix("metanetwork."): t for n, t in tensors.items() if n.startswith("metanetwork.")}
 
     # ------------------------------------------------------------------------ talking
     def answer(self, question, lora, **options):
@@ -201,30 +293,46 @@ class Shine(nn.Module):
 
     # ------------------------------------------------------------------------ folders
     def save(self, folder, dtype=torch.bfloat16):
-        """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json."""
-        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_name})
+        """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json where it is ours."""
+        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_id, "base_name": self.base.name})
         tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.trained().items()}
         write_file(Path(folder) / "hypernet.safetensors", lambda p: save_file(tensors, p))
 
     @classmethod
-    def load(cls, folder, device="cpu", dtype=torch.float32, base=None):
-        """Read a model folder; the language model is the one beside the hypernetwork, or `base`."""
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a model folder")
-        base = base or LanguageModel.load(folder, device, dtype)
-        raw = read_json(folder / "hypernet.json")
-        if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
-            raise UserError(f"{folder}/hypernet.json: a size is not a number")
-        config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
-        if raw.get("base") != fingerprint(base):
-            raise UserError(f"{folder}/hypernet.json belongs to another language model than {folder}/model.safetensors")
-        shine = cls(base, load_tokenizer(folder, base), config)
-        path = folder / "hypernet.safetensors"
-        tensors = read_tensors(path)
-        check_tensors(path, tensors, {n: p.shape for n, p in shine.trained().items()})
-        shine.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
-        return shine.to(device).eval()
+    def load(cls, folder=None, device="cpu", dtype=torch.float32, base=None, tokenizer=None, scale=None, m2p_heads=None):
+        """Read a hypernetwork folder: ours, or a published one (whose files tell neither scale nor m2p_heads).
+
+        base: a language model or its folder, where it is not the same folder. dtype: of all weights; None: as stored.
+        folder None: no hypernetwork, for talking with a saved LoRA.
+        """
+        for path in (folder, base):
+            if isinstance(path, (str, Path)) and not Path(path).is_dir():
+                raise UserError(f"{path} is not a model folder")
+        base_folder = folder if base is None or isinstance(base, LanguageModel) else base
+        base = base if isinstance(base, LanguageModel) else LanguageModel.load(base_folder, device, dtype)
+        tokenizer = tokenizer or load_tokenizer(base_folder, base)
+        config, tensors = PUBLISHED_LENGTHS, None
+        if folder is not None and (Path(folder) / "metanetwork.pth").is_file() and not (Path(folder) / "hypernet.json").is_file():
+            published = read_published(folder)
+            config = published_config(folder, published, base.config, scale, m2p_heads)
+        elif folder is not None:
+            published, path = None, Path(folder) / "hypernet.json"
+            raw = read_json(path)
+            if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
+                raise UserError(f"{path}: a size is not a number")
+            if raw.get("base") != fingerprint(base):
+                raise UserError(f"{path} belongs to another language model ({raw.get('base_name') or raw.get('base')}) "
+                                f"than the one in {base_folder}")
+            config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
+            tensors = read_tensors(path.with_suffix(".safetensors"))
+        with torch.device("meta"):
+            shine = cls(base, tokenizer, config)
+        if folder is None:
+            return shine.eval()
+        tensors = tensors or shine.from_published(published)
+        check_tensors(folder, tensors, {n: p.shape for n, p in shine.trained().items()})
+        shine.load_state_dict({n: t.to(device, dtype or t.dtype) for n, t in tensors.items()}, strict=False, assign=True)
+        return shine.eval()
 
 
 class Conversation:
@@ -252,13 +360,14 @@ class Conversation:
     def stream(self, question):
         """Yield the answer in pieces; what was yielded is the turn in the history, also when the caller stops early."""
         tokenizer, base = self.shine.tokenizer, self.shine.base
+        merge = base.model.norm.weight.dtype == torch.float32      # bf16 weights would swallow what is small beside them
         ids = torch.tensor([self.prompt(question)], device=self.shine.device)
         answer, said = [], ""
         try:
-            with base.merged(self.lora):
-                for token in base.generate(ids, max_new_tokens=self.max_new_tokens, stop=[tokenizer.im_end, tokenizer.end],
+            with base.merged(self.lora if merge else None):
+                for token in base.generate(ids, None, None if merge else self.lora, self.max_new_tokens, tokenizer.stops,
                                            **self.sampling):
-                    if int(token) in (tokenizer.im_end, tokenizer.end):
+                    if int(token) in tokenizer.stops:
                         break
                     answer.append(int(token))
                     text = tokenizer.decode(answer)
@@ -281,7 +390,7 @@ def answer_batch(base, tokenizer, conversations, lora=None, contexts=None, max_n
     length = max(map(len, rows))
     ids = torch.tensor([[tokenizer.end] * (length - len(r)) + r for r in rows], device=device)     # padded on the left
     mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device)
-    stop = [tokenizer.im_end, tokenizer.end]
+    stop = tokenizer.stops
     steps = list(base.generate(ids, mask, lora, max_new_tokens, stop, **sampling))
     answers = []
     for row in torch.stack(steps, 1).tolist():
@@ -295,7 +404,7 @@ def inspect(shine, text, say=print):
     """Print every step from a text to LoRA parameters: tokens, shapes, norms, and how much each linear changes."""
     tok, c = shine.tokenizer, shine.base.config
     ids, _ = shine.encode_context(text)
-    say(f"1. tokens (N = {len(ids)})\n   " + "|".join(tok.encoding.decode([i]).replace("\n", "\\n") for i in ids))
+    say(f"1. tokens (N = {len(ids)})\n   " + "|".join(map(tok.piece, ids)))
     context = torch.tensor([ids], device=shine.device)
     with torch.no_grad():
         states = shine.read(context)
@@ -444,6 +553,16 @@ def main(argv=None):
     add("--json", action="store_true", help="with --ask: one JSON object on standard output")
     add("--inspect", action="store_true", help="print every step from the text to the parameters")
     add("--model", metavar="DIR", default=str(DEFAULT_MODEL), help="model folder (default: the weights that ship)")
+    add("--base", metavar="DIR", help="language model: a Hugging Face Qwen3 folder; bf16 stays bf16")
+    add("--hypernet", metavar="DIR", help="hypernetwork for --base: ours, or as its authors release it")
+    add("--scale", type=positive(float), help="of a published hypernetwork, whose files do not tell it (default 0.001)")
+    add("--m2p-heads", type=positive(int), help="likewise (default H / 128, at least 4)")
+    add("--convert", metavar="DIR", help="write the published hypernetwork in DIR as ours into --out, and exit")
+    add("--out", metavar="DIR", help="of --convert")
+    add("--export-peft", metavar="DIR", help="write the generated LoRA as a PEFT adapter")
+    add("--merge-into", metavar="DIR", help="write the language model with the LoRA in its weights as a Hugging Face folder")
+    add("--ids", action="store_true", help="TEXT and questions are token ids, '5 17 3', for folders without a tokenizer; no chat format")
+    add("--logits", metavar="PATH", help="with --ask: the logits over each prompt as safetensors, turn.<i> (tokens, vocabulary)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--top-k", type=int, default=0)
@@ -453,9 +572,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
-    text = read_text(args)
     device, dtype, _ = pick_device(args.device)
-    shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
+    if args.convert:
+        if not args.base or not args.out:
+            raise UserError("--convert DIR needs --base DIR and --out DIR")
+        shine = Shine.load(args.convert, base=args.base, dtype=None, tokenizer=Ids(), scale=args.scale, m2p_heads=args.m2p_heads)
+        shine.save(args.out, dtype=None)
+        print(f"wrote {args.out}: M = {shine.M}, rank {shine.config.r}, meta rank {shine.config.meta_r}, "
+              f"{shine.config.m2p_layers} M2P layers, for {shine.base.name}")
+        return
+    text = read_text(args)
+    if args.hypernet and not args.base:
+        raise UserError("--hypernet needs the language model it was made for: --base DIR")
+    if args.base and not args.hypernet and text is not None:
+        raise UserError("--base alone cannot read a text: name a hypernetwork with --hypernet DIR, or a LoRA with --load")
+    tokenizer = Ids() if args.ids else None
+    if args.base:
+        shine = Shine.load(args.hypernet, device, None, args.base, tokenizer, args.scale, args.m2p_heads)
+        if shine.base.model.norm.weight.dtype == torch.bfloat16:
+            shine.base.compute_dtype = dtype
+    else:
+        shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
                "seed": args.seed}
     notes = sys.stderr if args.json else sys.stdout
@@ -472,11 +609,23 @@ def main(argv=None):
     if args.save:
         lora.save(args.save)
         say(f"saved to {args.save}")
-    turns, talk = [], Conversation(shine, lora, **options)
+    if args.export_peft:
+        lora.export_peft(args.export_peft, args.base or args.model)
+        say(f"PEFT adapter written to {args.export_peft}")
+    if args.merge_into:
+        lora.merge_into(args.base or args.model, args.merge_into)
+        say(f"language model with the LoRA in its weights written to {args.merge_into}")
+    turns, logits, talk = [], {}, Conversation(shine, lora, **options)
     for question in args.ask:
+        if args.logits:
+            with torch.no_grad():
+                ids = torch.tensor([talk.prompt(question)], device=device)
+                logits[f"turn.{len(turns)}"] = shine.base(ids, None, lora)[0].float().cpu()
         turns.append({"question": question, "answer": talk.ask(question)})
         if not args.json:
             say(f"> {question}\n{turns[-1]['answer']}")
+    if args.logits:
+        write_file(args.logits, lambda p: save_file(logits, p))
     if args.json:
         print(json.dumps(facts | {"turns": turns}, ensure_ascii=False))
     if args.chat:

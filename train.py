@@ -10,6 +10,8 @@
     python train.py --stage base --preset tiny --text DIR --qa FILE --minutes 40 --out runs/tiny
     python train.py --stage pretrain --resume            exactly where a killed run stood
     torchrun --nproc_per_node=4 train.py --stage pretrain
+    python train.py --stage pretrain --base Qwen3-8B --preset paper --text DIR      the paper's settings, on its language model
+    python train.py --stage pretrain --base qwen3-8b --preset paper --dry-run       what that takes, nothing allocated
 
 What it writes into --out: the model folder that shine.py reads, log.jsonl, and state.safetensors (masters, moments,
 position) for --resume.
@@ -22,25 +24,36 @@ import random
 import re
 import string
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import (Examples, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
+from data import (Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   train_bpe)
-from model import PRESETS, Config, LanguageModel, UserError, pick_device, write_file, write_json
+from model import PRESETS, QWEN3, Config, LanguageModel, UserError, pick_device, write_file, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, load_tokenizer
 
-STAGES = {  # the defaults of each stage
+STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
     "pretrain": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
+COMMON = dict(accumulate=1, context_length=192, conversation_length=256, rank=4, meta_rank=8, m2p_layers=4, packing=0.4)
+PAPER = dict(batch=1, accumulate=4, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0)      # section 6, on 8 GPUs
+PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
+    ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
+    ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
+    ("finetune", "paper-1qa"): dict(lr=1e-5, warmup=400, context_length=2380, conversation_length=100)}
 
 
 # ---------------------------------------------------------------------------- scoring, as SQuAD does it
@@ -121,7 +134,39 @@ class Base(nn.Module):
         return dict(self.model.named_parameters())
 
 
-def make_optimizers(module, lr, muon_lr, weight_decay, betas):
+class AdamW16(torch.optim.Optimizer):
+    """AdamW with moments in bf16: 4 bytes a parameter instead of 8. The second moment moves by less than bf16 resolves (0.001 of
+    it a step, against 0.004), so it is rounded up or down by chance, in proportion to what rounding cuts off."""
+
+    def __init__(self, params, lr, betas, eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.bfloat16)}
+                state["step"] += 1
+                m = state["exp_avg"].float().lerp_(p.grad.float(), 1 - b1)
+                v = state["exp_avg_sq"].float().lerp_(p.grad.float().square(), 1 - b2)
+                step = state["step"].item()
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(m, (v / (1 - b2 ** step)).sqrt_().add_(group["eps"]), value=-lr / (1 - b1 ** step))
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(round_by_chance(v))
+
+
+def round_by_chance(x):
+    """float32 -> float32 that bf16 holds exactly; right in the mean: the 16 bits that go are compared with random ones."""
+    bits = x.view(torch.int32) + torch.randint_like(x, 2 ** 16, dtype=torch.int32)
+    return (bits & ~0xFFFF).view(torch.float32)
+
+
+def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False):
     """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
 
     With a muon_lr the matrices of transformer layers are Muon's (for the base ahead of AdamW at equal samples, for the M2P
@@ -133,7 +178,8 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas):
     pick = lambda names: [p for n, p in trained.items() if n in names]
     adam = [{"params": pick(vectors), "weight_decay": 0.0},
             {"params": pick(set(trained) - vectors - (matrix if muon_lr else set())), "weight_decay": weight_decay}]
-    optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr, betas=betas, fused=True)]
+    adam = [g for g in adam if g["params"]]
+    optimizers = [AdamW16(adam, lr, betas) if moments16 else torch.optim.AdamW(adam, lr=lr, betas=betas, fused=True)]
     if muon_lr:
         optimizers.append(torch.optim.Muon(pick(matrix), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     clips = {}
@@ -206,14 +252,16 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stage", required=True, choices=STAGES)
-    add("--preset", default="tiny", choices=PRESETS, help="size of a new language model (stage base)")
+    add("--preset", choices=[*PRESETS, *QWEN3, "paper", "paper-1qa"],
+        help="stage base: size of a new language model (default tiny); else paper, paper-1qa: the paper's settings")
     add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
+    add("--base", help="stages pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
     add("--minutes", type=positive(float), help="wall clock of the run; the learning rate decays to its end")
     add("--batch", type=positive(int), help="examples of one pass and process")
-    add("--accumulate", type=positive(int), default=1, help="passes of one optimizer step")
+    add("--accumulate", type=positive(int), help="passes of one optimizer step")
     add("--lr", type=positive(float), help="peak, of AdamW")
     add("--muon-lr", type=float, help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
     add("--warmup", type=int, help="steps")
@@ -230,12 +278,13 @@ def parse(argv):
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
-    add("--context-length", type=positive(int), default=192, help="longest text in tokens")
-    add("--conversation-length", type=positive(int), default=256, help="longest conversation in tokens")
+    add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
+    add("--context-length", type=positive(int), help="longest text in tokens")
+    add("--conversation-length", type=positive(int), help="longest conversation in tokens")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
-    add("--rank", type=positive(int), default=4, help="r of a new hypernetwork")
-    add("--meta-rank", type=int, default=8)
-    add("--m2p-layers", type=int, default=4)
+    add("--rank", type=positive(int), help="r of a new hypernetwork")
+    add("--meta-rank", type=int)
+    add("--m2p-layers", type=int)
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--eval-texts", type=positive(int), default=60)
@@ -243,12 +292,29 @@ def parse(argv):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--float32", action="store_true", help="activations in float32 whatever the machine")
     add("--compile", action="store_true", help="torch.compile the layers")
+    add("--checkpointing", action="store_true", help="activation checkpointing: less memory, a third more work")
+    add("--moments16", action="store_true", help="AdamW's moments in bf16 instead of float32")
+    add("--shard", action="store_true", help="under torchrun: spread the frozen language model over the GPUs (fully_shard)")
+    add("--dry-run", action="store_true", help="print parameters, memory and FLOPs of such a run and exit; nothing is allocated")
+    add("--flops", type=positive(float), default=4e14, help="FLOP/s a GPU reaches, for --dry-run's times")
     add("--workers", type=int, default=1, choices=(0, 1), help="1: another process makes the batches; 0: the loop does")
     args = parser.parse_args(argv)
-    defaults = STAGES[args.stage]
+    defaults = COMMON | STAGES[args.stage]
+    if args.stage == "base":
+        if args.base or str(args.preset).startswith("paper"):
+            raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages pretrain and finetune; "
+                            "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
+        args.preset = args.preset or "tiny"
+    elif args.preset:
+        if (args.stage, args.preset) not in PAPER_STAGES:
+            raise UserError(f"--preset {args.preset} is not one of stage {args.stage}: "
+                            + " or ".join(p for s, p in PAPER_STAGES if s == args.stage) + ", or none")
+        defaults |= PAPER | PAPER_STAGES[args.stage, args.preset]
     for name, value in defaults.items():
         if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
             setattr(args, name, value)
+    if args.stage == "base" and args.model is None and not args.dry_run and args.preset in QWEN3:
+        raise UserError(f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}")
     return args
 
 
@@ -263,21 +329,29 @@ def build(args, device, dtype, texts):
             model = LanguageModel(Config(vocab_size=tokenizer.vocab_size, **PRESETS[args.preset]), args.seed).to(device)
         model.compute_dtype = dtype
         return Base(model), model, tokenizer, None
-    folder = Path(args.model or DEFAULT_MODEL)
-    model = LanguageModel.load(folder, device, dtype)         # frozen: cast once
-    if (folder / "hypernet.json").is_file() and (args.model or args.stage == "finetune"):
-        shine = Shine.load(folder, device, base=model)
+    folder = Path(args.base or args.model or DEFAULT_MODEL)
+    model = LanguageModel.load(folder, device, None if args.base and device.type == "cpu" else dtype)      # frozen: cast once
+    model.compute_dtype, tokenizer = dtype, load_tokenizer(folder, model)
+    if args.stage == "pretrain" and tokenizer.comp >= model.config.vocab_size:
+        raise UserError(f"{folder}: the embedding has {model.config.vocab_size} rows, none is free for <RECON> and <COMP>")
+    start = Path(args.model or folder)
+    if any((start / name).is_file() for name in ("hypernet.json", "metanetwork.pth")) and (args.model or args.stage == "finetune"):
+        shine = Shine.load(start, device, base=model, tokenizer=tokenizer, scale=args.scale)
         args.context_length, args.conversation_length = shine.config.context_length, shine.config.conversation_length
+    elif args.base and args.model:
+        raise UserError(f"{start} holds no hypernetwork (hypernet.json or metanetwork.pth)")
     else:
         c = model.config
         scale = args.scale or 0.02 * 192 / c.hidden_size      # see ShineConfig.scale
-        shine = Shine(model, load_tokenizer(folder, model), ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
-                                                                  args.context_length, args.conversation_length), args.seed)
+        shine = Shine(model, tokenizer, ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
+                                                    args.context_length, args.conversation_length), args.seed)
     return shine.to(device), model, shine.tokenizer, shine
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.dry_run:
+        return dry_run(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype, why = pick_device(args.device)
     dtype = torch.float32 if args.float32 else dtype
@@ -302,14 +376,14 @@ def main(argv=None):
     module, model, tokenizer, shine = build(args, device, dtype, texts)
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
-                        args.copy_share, args.plain_share, wild_share=args.wild_share)
+                        args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing)
     heldout = Source("heldout", args.max_facts)
     examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
-                               max_facts=args.max_facts, split="heldout")
+                               max_facts=args.max_facts, split="heldout", packing=args.packing)
     unseen_batch = collate([examples_unseen(i) for i in range(min(32, args.eval_texts))], tokenizer)
     unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
 
-    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas)
+    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16)
     state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = load_state(out, module, optimizers)
@@ -320,12 +394,19 @@ def main(argv=None):
                 say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
     state["args"] = vars(args)
     step_module = module
+    model.checkpointing = args.checkpointing
+    if shine:
+        shine.m2p.checkpointing = args.checkpointing
+    if args.shard and world > 1:
+        from torch.distributed.fsdp import fully_shard
+        for layer in model.model.layers:      # each is gathered when it is met; embeddings and norm stay whole
+            fully_shard(layer)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 256
         for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
             layer.compile(dynamic=False)
     if world > 1:
-        step_module = nn.parallel.DistributedDataParallel(module)
+        step_module = nn.parallel.DistributedDataParallel(module, init_sync=not args.shard)      # all ranks start alike: one seed
 
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     say(f"{args.stage} on {why}: {sum(p.numel() for p in module.trained().values()):,} parameters train, {frozen:,} frozen"
@@ -336,15 +417,16 @@ def main(argv=None):
     def checkpoint():
         """The model folder first, the state last: a kill in between leaves the older state, which fits any of these files."""
         if rank == 0:
-            tokenizer.save(out)
-            save_base(model, out)
+            if not args.base:      # a Hugging Face folder stays where it is
+                tokenizer.save(out)
+                save_base(model, out)
             if shine:
                 shine.save(out)
             save_state(out, module, optimizers, state)
 
     def evaluation():
         """Loss on unseen examples of the stage; answers to unseen texts, generated and scored."""
-        if rank:
+        if rank and not args.shard:      # a sharded model answers on all ranks or on none
             return
         module.eval()
         torch.compiler.set_stance("force_eager")       # every decode step is another shape: not worth compiling
@@ -359,6 +441,8 @@ def main(argv=None):
         torch.compiler.set_stance("default")
         module.train()
         state["metrics"] = state["metrics"] | metrics
+        if rank:
+            return
         write_json(out / "state.json", state)
         say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
                                             for k, v in state["metrics"].items()))
@@ -444,6 +528,108 @@ def main(argv=None):
     say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}")
     if world > 1:
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- --dry-run
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors that live inside the block. On the meta device nothing is allocated, but every tensor has a
+    size, so that `peak` is what the same computation takes. Tensors of `known` modules count for nothing."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {t.untyped_storage()._cdata for p in known.parameters() for t in (p, p.grad) if t is not None}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if torch.is_tensor(t) and (key := (storage := t.untyped_storage())._cdata) not in self.alive:
+                self.alive.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, key, storage.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def measure(module, batch):
+    """One training pass on the meta device -> (bytes beyond weights and gradients at the worst moment, FLOPs)."""
+    with FlopCounterMode(display=False) as counter:
+        module(batch).backward()
+    with Peak(module) as live:                    # the gradients of the first pass are there, and count for nothing
+        module(batch).backward()
+    module.zero_grad()
+    return live.peak, counter.get_total_flops()
+
+
+def dry_run(args):
+    """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
+    name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(DEFAULT_MODEL)), PRESETS | QWEN3
+    config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
+    device, dtype, why = pick_device(args.device)
+    dtype = torch.float32 if args.float32 else dtype
+    attention = F.scaled_dot_product_attention
+    with torch.device("meta"):
+        model = LanguageModel(config)
+        if args.stage == "base":
+            module, shine = Base(model), None
+        else:
+            scale = args.scale or 0.02 * 192 / config.hidden_size
+            module = shine = Shine(model.to(torch.bfloat16 if args.base else dtype), Ids(), ShineConfig(
+                args.rank, args.meta_rank, args.m2p_layers, 0, scale, args.context_length, args.conversation_length))
+        model.compute_dtype = dtype
+        B, N, S = args.batch, args.context_length, args.conversation_length
+        S += N * (shine is None)                                       # there the text is in the prompt
+        ones = lambda *shape: torch.ones(*shape, dtype=torch.long)
+        batch = {"input_ids": ones(B, S), "attention_mask": ones(B, S), "weights": torch.ones(B, S), "counted": ones(B * (S - 1)),
+                 **({"context_ids": ones(B, N), "context_mask": ones(B, N)} if shine else {})}
+        try:      # meta tensors know no attention kernel: the one of the device stands in
+            F.scaled_dot_product_attention = plain_attention if device.type == "cpu" else flash_attention
+            activations = {}
+            for on in (False, True):
+                model.checkpointing = on
+                if shine:
+                    shine.m2p.checkpointing = on
+                activations[on], flops = measure(module, batch)
+                if on == args.checkpointing:
+                    step_flops = flops * args.accumulate
+        finally:
+            F.scaled_dot_product_attention = attention
+    gib = lambda n: f"{n / 2 ** 30:9.3f}"
+    trained = module.trained()
+    count = sum(p.numel() for p in trained.values())
+    frozen = 0 if shine is None else sum(p.nbytes for p in model.parameters())
+    moments = count * (4 if args.moments16 else 8)
+    print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
+    print(f"parameters    frozen {0 if shine is None else sum(p.numel() for p in model.parameters()):,}, trained {count:,}"
+          + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
+             f"M2P {sum(p.numel() for p in shine.m2p.parameters()):,})" if shine else ""))
+    if shine:
+        print(f"LoRA          rank {args.rank}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
+    print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")
+          + f", {args.accumulate} of them a step, loss on all of the conversation")
+    print("memory, GiB   activations kept   checkpointing" + ("   <- this run" if args.checkpointing else "   (this run: kept)"))
+    rows = {"frozen weights": frozen, "trained weights": count * 4, "gradients": count * 4, f"AdamW, {'bf16' if args.moments16 else 'float32'}": moments}
+    for title, size in rows.items():
+        print(f"  {title:18s}{gib(size)}{gib(size):>16s}")
+    print(f"  {'activations':18s}{gib(activations[False])}{gib(activations[True]):>16s}")
+    total = {on: sum(rows.values()) + activations[on] for on in activations}
+    print(f"  {'together':18s}{gib(total[False])}{gib(total[True]):>16s}")
+    tokens = B * args.accumulate * (S + (N if shine else 0))
+    print(f"work          {step_flops:.3e} FLOPs a step of {tokens:,} tokens; at {args.flops:.1e} FLOP/s {step_flops / args.flops:.3g} s a step, "
+          f"{step_flops / tokens * 1e9 / args.flops / 3600:.3g} hours per billion tokens")
+    return {"activations": activations, "total": total, "flops": step_flops, "trained": count, "frozen_bytes": frozen}
+
+
+def plain_attention(q, k, v, attn_mask=None, is_causal=False):
+    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + (0 if attn_mask is None else attn_mask), -1) @ v
+
+
+def flash_attention(q, k, v, attn_mask=None, is_causal=False):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -190,5 +190,5 @@ def test_folders_of_text_plain_and_xz(tmp_path):
 def test_collated_words_in_the_docstring(tokenizer):
     context, ids, weights = Examples("finetune", tokenizer, 400, 600, max_facts=1)(0)
     batch = collate([(context, ids, weights)], tokenizer)
-    fields = re.findall(r"^    (\w+) +\(B, ([NS])\)", data.__doc__, re.M)
+    fields = re.findall(r"^    (\w+) +\((?:B, )?([NSK]),?\)", data.__doc__, re.M)
     assert {name for name, _ in fields} == set(batch)
