@@ -206,7 +206,8 @@ class Shine(nn.Module):
         try:
             self.M = memory_tokens(self.P, H)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            step = H // math.gcd(H, lora_size(c, 1))
+            raise UserError(f"{error} (with this language model: a multiple of {step})") from None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)

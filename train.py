@@ -193,7 +193,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False):
 def make_tokenizer(texts, vocab_size, seed=0):
     """BPE over generated texts with their questions, the special values of the word lists, and a part of the plain text."""
     source, rng, every = Source(), random.Random(seed), load_assets()[0]
-    samples = [source.sample(rng) for _ in range(20000)]
+    samples = [source.sample(rng) for _ in range(5 * vocab_size // 2)]
     lines = [" " + s["context"] + "".join(" " + t["content"] for t in s["conversations"]) for s in samples]
     words = [" " + w for kind in every.values() for w in kind if "{" not in w]
     rng.shuffle(part := list(texts))
@@ -555,21 +555,20 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def measure(module, batch):
-    """One training pass on the meta device -> (bytes beyond weights and gradients at the worst moment, FLOPs)."""
-    with FlopCounterMode(display=False) as counter:
+def pass_peak(module, batch):
+    """Bytes beyond weights and gradients at the worst moment of one training pass on the meta device."""
+    for p in module.trained().values():
+        p.grad = torch.empty_like(p)
+    with Peak(module) as live:
         module(batch).backward()
-    with Peak(module) as live:                    # the gradients of the first pass are there, and count for nothing
-        module(batch).backward()
-    module.zero_grad()
-    return live.peak, counter.get_total_flops()
+    return live.peak
 
 
 def dry_run(args):
     """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
     name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(DEFAULT_MODEL)), PRESETS | QWEN3
     config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
-    device, dtype, why = pick_device(args.device)
+    device, dtype, why = (torch.device("cuda"), torch.bfloat16, "CUDA, bf16") if args.device == "cuda" else pick_device(args.device)
     dtype = torch.float32 if args.float32 else dtype
     attention = F.scaled_dot_product_attention
     with torch.device("meta"):
@@ -593,11 +592,16 @@ def dry_run(args):
                 model.checkpointing = on
                 if shine:
                     shine.m2p.checkpointing = on
-                activations[on], flops = measure(module, batch)
+                activations[on] = pass_peak(module, batch)
                 if on == args.checkpointing:
-                    step_flops = flops * args.accumulate
+                    with FlopCounterMode(display=False) as counter:
+                        module(batch).backward()
+            if shine:
+                with torch.no_grad(), Peak(module) as reading:
+                    shine.generate_lora(batch["context_ids"][:1], batch["context_mask"][:1])
         finally:
             F.scaled_dot_product_attention = attention
+    step_flops = counter.get_total_flops() * args.accumulate
     gib = lambda n: f"{n / 2 ** 30:9.3f}"
     trained = module.trained()
     count = sum(p.numel() for p in trained.values())
@@ -611,7 +615,7 @@ def dry_run(args):
         print(f"LoRA          rank {args.rank}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")
           + f", {args.accumulate} of them a step, loss on all of the conversation")
-    print("memory, GiB   activations kept   checkpointing" + ("   <- this run" if args.checkpointing else "   (this run: kept)"))
+    print("memory, GiB   activations kept   checkpointing   (this run: " + ("the second)" if args.checkpointing else "the first)"))
     rows = {"frozen weights": frozen, "trained weights": count * 4, "gradients": count * 4, f"AdamW, {'bf16' if args.moments16 else 'float32'}": moments}
     for title, size in rows.items():
         print(f"  {title:18s}{gib(size)}{gib(size):>16s}")
@@ -619,6 +623,8 @@ def dry_run(args):
     total = {on: sum(rows.values()) + activations[on] for on in activations}
     print(f"  {'together':18s}{gib(total[False])}{gib(total[True]):>16s}")
     tokens = B * args.accumulate * (S + (N if shine else 0))
+    if shine:
+        print(f"to talk, GiB  language model {frozen / 2 ** 30:.3f}, hypernetwork {count * 4 / 2 ** 30:.3f}, reading {N} tokens {reading.peak / 2 ** 30:.3f}")
     print(f"work          {step_flops:.3e} FLOPs a step of {tokens:,} tokens; at {args.flops:.1e} FLOP/s {step_flops / args.flops:.3g} s a step, "
           f"{step_flops / tokens * 1e9 / args.flops / 3600:.3g} hours per billion tokens")
     return {"activations": activations, "total": total, "flops": step_flops, "trained": count, "frozen_bytes": frozen}

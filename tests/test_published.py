@@ -2,19 +2,29 @@
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import shine as cli
-from conftest import close
-from model import Config, LanguageModel, UserError
+import train
+from conftest import ROOT, close, perturb
+from data import QWEN_PATTERN, TASKS, Examples, Tokenizer, collate, render, train_bpe
+from m2p import memory_tokens
+from model import PRESETS, QWEN3, Config, LanguageModel, UserError, lora_size
+from shine import Shine, ShineConfig
 from test_golden import CASE
+from train import AdamW16, save_base
 
 BASE = CASE / "base"
 
@@ -226,3 +236,157 @@ def test_peft_adapter_and_merged_folder_give_the_same_logits(tmp_path, capsys, i
     assert config["r"] == config["lora_alpha"] == 2 and len(config["target_modules"]) == 7 and config["base_model_name_or_path"] == str(BASE)
     with pytest.raises(UserError, match="choose another folder"):
         call("5 17", "--base", BASE, "--hypernet", HYPERNET, "--ids", "--merge-into", BASE)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A Hugging Face folder as it is downloaded, in small: bf16, tokenizer.json, generation_config.json."""
+    folder = tmp_path_factory.mktemp("hub") / "Qwen3-tiny"
+    ranks = train_bpe([f" {line}" for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()], 400)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<RECON>", "<COMP>"]
+    tokenizer = Tokenizer(ranks, QWEN_PATTERN, special, False, "NFC")
+    tokenizer.special = {n: i for n, i in tokenizer.special.items() if n not in TASKS}
+    tokenizer.save_hugging_face(folder)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{# enable_thinking #}"}')
+    config = Config(vocab_size=512, **PRESETS["test"])
+    config.save(folder)
+    save_base(perturb(LanguageModel(config)), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.im_end, tokenizer.end]}))
+    return folder
+
+
+def test_tokenizer_of_a_downloaded_folder(qwen):
+    tok = Tokenizer.from_hugging_face(qwen)
+    for text in ("What is the model called?", "e\u0301t\u00e9 <|im_end|>", "tabs\t and  \n\n runs", "\u4e2d\u6587 \U0001f44d\U0001f3fd", ""):
+        assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
+    assert tok.im_end not in tok.encode("<|im_end|>") and tok.encode("a<|im_end|>", special=True)[-1] == tok.im_end
+    last = max(tok.special[n] for n in tok.special if n not in TASKS)
+    assert [tok.special[n] for n in TASKS] == [last + 1, last + 2, last + 3]
+    assert tok.stops == [tok.end, tok.im_end] and tok.decode([tok.vocab_size + 5]) == ""
+
+
+def test_prompt_is_the_models_own_format(qwen):
+    tok = Tokenizer.from_hugging_face(qwen)
+    turns = [("user", "Hi"), ("assistant", "Yes."), ("user", "\n\nWho?")]
+    wanted = ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\n\n\nWho?<|im_end|>\n"
+              "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert render(tok, turns, open_ended=True)[0] == tok.encode(wanted, special=True)
+    ids, weights = render(tok, turns[:2])              # training has no think block
+    assert tok.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    assert tok.decode([i for i, w in zip(ids, weights) if w]) == "Yes.<|im_end|>"
+
+
+def test_vocab_and_merges_files_give_the_same_tokenizer(qwen, tmp_path):
+    raw = json.loads((qwen / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in raw["model"]["merges"]), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {t["id"]: {"content": t["content"]} for t in raw["added_tokens"]}}))
+    a, b = Tokenizer.from_hugging_face(qwen), Tokenizer.from_hugging_face(tmp_path)
+    assert a.special == b.special and a.ranks == b.ranks
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match="merges.txt is missing"):
+        Tokenizer.from_hugging_face(tmp_path)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda raw: raw["model"].update(type="Unigram"), "Unigram"), (lambda raw: raw["model"].update(byte_fallback=True), "byte_fallback"),
+    (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "Lowercase"), (lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+    (lambda raw: raw["model"]["merges"].reverse(), "order"), (lambda raw: raw.update(added_tokens=raw["added_tokens"][1:]), "<|endoftext|>"),
+    (lambda raw: raw.pop("model"), "model")], ids=["unigram", "byte-fallback", "normalizer", "pre-tokenizer", "merges", "special", "no-model"])
+def test_other_tokenizers_are_refused_by_name(qwen, tmp_path, change, word):
+    raw = json.loads((qwen / "tokenizer.json").read_text(encoding="utf-8"))
+    change(raw)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="tokenizer.json.*" + re.escape(word)):
+        Tokenizer.from_hugging_face(tmp_path)
+
+
+PAPER = ["--stage", "pretrain", "--preset", "paper", "--rank", "2", "--meta-rank", "4", "--context-length", "90", "--conversation-length", "140",
+         "--accumulate", "1", "--steps", "2", "--eval-every", "9", "--eval-texts", "1", "--workers", "0", "--device", "cpu", "--max-facts", "1"]
+
+
+def test_trains_a_hypernetwork_for_a_downloaded_folder_and_talks_with_it(qwen, tmp_path, capsys):
+    train.main(PAPER + ["--base", str(qwen), "--out", str(tmp_path / "a"), "--checkpointing", "--moments16"])
+    assert not (tmp_path / "a/model.safetensors").exists()          # the base stays where it is
+    state = load_file(tmp_path / "a/state.safetensors")
+    assert state["exp_avg.memory"].dtype == torch.bfloat16 and state["param.memory"].dtype == torch.float32
+    config = json.loads((tmp_path / "a/hypernet.json").read_text())
+    assert config["scale"] == 0.001 and config["meta_r"] == 4 and config["base_name"] == "Qwen3-tiny"
+    call("The model reads.", "--base", qwen, "--hypernet", tmp_path / "a", "--ask", "Who reads?", "--max-new-tokens", 4, "--save", tmp_path / "l.safetensors",
+         "--export-peft", tmp_path / "peft", "--merge-into", tmp_path / "merged")
+    assert "> Who reads?" in capsys.readouterr().out
+    assert {p.name for p in qwen.iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
+    assert load_file(tmp_path / "merged/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    train.main(PAPER + ["--base", str(qwen), "--out", str(tmp_path / "a"), "--resume", "--steps", "3", "--checkpointing", "--moments16"])
+    assert json.loads((tmp_path / "a/state.json").read_text())["step"] == 3
+
+
+def test_checkpointing_changes_memory_and_not_the_gradients(qwen):
+    results = []
+    for on in (False, True):
+        base = LanguageModel.load(qwen, dtype=torch.float32)
+        shine = Shine(base, Tokenizer.from_hugging_face(qwen), ShineConfig(r=2, meta_r=3, m2p_layers=2))
+        base.checkpointing = shine.m2p.checkpointing = on
+        batch = collate([Examples("finetune", shine.tokenizer, 200, 300, max_facts=1)(i) for i in range(2)], shine.tokenizer)
+        shine(batch).backward()
+        results.append({n: p.grad for n, p in shine.trained().items()})
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_moments_in_bf16_follow_those_in_float32():
+    """Without rounding by chance the second moment would stay where the first steps left it."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.ones(4000)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([params[0]], lr=1e-3, betas=(0.9, 0.999)), AdamW16([params[1]], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)]
+    for step in range(300):
+        for p, optimizer in zip(params, optimizers):
+            p.grad = torch.full_like(p, 1.0 if step < 100 else 0.1)
+            optimizer.step()
+    v = [optimizer.state[p]["exp_avg_sq"].float() for p, optimizer in zip(params, optimizers)]
+    assert v[1].mean() == pytest.approx(v[0].mean().item(), rel=0.01)
+    assert close(params[1].data, params[0].data, 5e-3)
+
+
+def test_released_sizes_have_the_papers_memory_tokens():
+    """Section 1 for 8B; 0.6B has 8 heads in its M2P and 176 memory tokens; with 4B rank 8 does not divide, and the message says what does."""
+    for name, r, M in (("qwen3-8b", 8, 148), ("qwen3-0.6b", 8, 176), ("qwen3-4b", 10, 224)):
+        config = Config(**QWEN3[name])
+        assert memory_tokens(lora_size(config, r), config.hidden_size) == M
+    with pytest.raises(UserError, match="a multiple of 5"):
+        train.main(["--stage", "pretrain", "--base", "qwen3-4b", "--preset", "paper", "--dry-run", "--device", "cpu"])
+
+
+def test_dry_run_refuses_what_does_not_fit_together():
+    with pytest.raises(UserError, match="paper"):
+        train.main(["--stage", "base", "--preset", "paper", "--dry-run"])
+    with pytest.raises(UserError, match="--base"):
+        train.main(["--stage", "base", "--base", "x"])
+
+
+def test_dry_run_counts_what_a_pass_takes(qwen):
+    """Against torch's own records of a real pass: what is saved for the way back is at most what the dry run's peak holds."""
+    out = train.dry_run(train.parse(["--stage", "pretrain", "--base", str(qwen), "--rank", "2", "--meta-rank", "4", "--context-length", "64",
+                                     "--conversation-length", "64", "--batch", "2", "--device", "cpu", "--float32", "--dry-run"]))
+    base = LanguageModel.load(qwen)
+    base.compute_dtype = torch.float32
+    shine = Shine(base, Tokenizer.from_hugging_face(qwen), ShineConfig(r=2, meta_r=4))
+    assert out["trained"] == sum(p.numel() for p in shine.trained().values()) and out["frozen_bytes"] == sum(p.nbytes for p in base.parameters())
+    own, saved = {p.untyped_storage().data_ptr() for p in shine.parameters()}, {}
+    ones = torch.ones(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1], lambda t: t):
+        loss = shine({"input_ids": ones, "attention_mask": ones, "weights": torch.ones(2, 64), "context_ids": ones, "context_mask": ones})
+    kept = sum(size for pointer, size in saved.items() if pointer not in own)
+    assert kept < out["activations"][False] < 1.5 * kept and out["activations"][True] < 0.6 * out["activations"][False]
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert 0.5 < counter.get_total_flops() / (out["flops"] / 2) < 1.4        # the way back is about half of a pass with a frozen base
+
+
+def test_sharded_base_trains_like_a_whole_one(qwen, tmp_path):
+    """Two processes on the CPU, the frozen layers spread over both: the same losses as without --shard."""
+    losses = []
+    for name, more in (("whole", []), ("sharded", ["--shard"])):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py", *PAPER, "--base", str(qwen),
+                        "--out", str(tmp_path / name), *more], cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+        losses.append([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl") if '"tokens"' in line])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
