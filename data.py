@@ -194,26 +194,29 @@ class Tokenizer:
         file and what in it is of a kind that this byte-level BPE is not.
         """
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        config, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
+        settings = read_json(config) if config.is_file() else {}
         pattern, normalize = QWEN_PATTERN, "NFC"
         try:
-            if (folder / "tokenizer.json").is_file():
-                path = folder / "tokenizer.json"
+            if path.is_file():
                 raw = read_json(path)
                 pattern, normalize = splitting(path, raw)
                 vocab, merges = raw["model"]["vocab"], raw["model"]["merges"]
-                special = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
+                added = [(token["content"], token["id"]) for token in raw.get("added_tokens", ())]
             else:
                 path = folder / "vocab.json"
                 vocab = read_json(path)
                 lines = read_file(folder / "merges.txt").split("\n")
                 merges = [line for line in lines[lines[0].startswith("#version"):] if line]
-                special = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-            special = special or dict(zip(QWEN_SPECIAL, range(len(vocab), len(vocab) + 3)))
+                added = [(token["content"], int(i)) for i, token in settings.get("added_tokens_decoder", {}).items()]
+            special = {name: i for name, i in added if name not in TASKS} or {n: len(vocab) + i for i, n in enumerate(QWEN_SPECIAL)}
             byte = unicode_to_byte()
             spell = lambda token: bytes(byte[c] for c in token)
             ranks = {spell(token): i for token, i in vocab.items() if token not in special}
             made = [ranks[spell(a) + spell(b)] for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
+            ids = [*ranks.values(), *special.values()]
+            if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids) or not all(isinstance(name, str) and name for name in special):
+                raise ValueError("ids are not whole numbers, each used once, or a token is empty")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a byte-level BPE as Qwen's ({error!r})") from None
         if any(a >= b for a, b in zip(made, made[1:])) or len(made) + 256 != len(ranks) or any(bytes([b]) not in ranks for b in range(256)):
@@ -221,17 +224,23 @@ class Tokenizer:
         missing = [name for name in QWEN_SPECIAL if name not in special]
         if missing:
             raise UserError(f"{path} has no token {missing[0]}: the chat format needs it")
-        last = max(*ranks.values(), *special.values())
+        last = max(ids)
         special |= {name: last + 1 + i for i, name in enumerate(TASKS)}
         template = settings.get("chat_template") or ""
+        template = template if isinstance(template, str) else json.dumps(template)          # some folders have several
         if (folder / "chat_template.jinja").is_file():
             template = read_file(folder / "chat_template.jinja")
         think = "<think>\n\n</think>\n\n" if "<think>" in special and (not template or "enable_thinking" in template) else ""
-        stops = [special["<|im_end|>"], special["<|endoftext|>"]]
-        if (folder / "generation_config.json").is_file():
-            eos = read_json(folder / "generation_config.json").get("eos_token_id") or stops
-            stops = eos if isinstance(eos, list) else [eos]
-        return cls(ranks, pattern, special, False, normalize, think, stops)
+        stops, path = [special["<|im_end|>"], special["<|endoftext|>"]], folder / "generation_config.json"
+        if path.is_file():
+            eos = read_json(path).get("eos_token_id")
+            stops = stops if eos is None else eos if isinstance(eos, list) and eos else [eos]
+            if not all(type(i) is int and 0 <= i <= last for i in stops):
+                raise UserError(f"{path}: eos_token_id = {eos!r} is not a token id or a list of them")
+        try:
+            return cls(ranks, pattern, special, False, normalize, think, stops)
+        except ValueError as error:
+            raise UserError(f"{folder}/tokenizer.json: the pattern that cuts words cannot be used ({error})") from None
 
 
 def halves(ranks, token):
@@ -255,10 +264,16 @@ class Ids:
     """
     end, roles, close, think, stops, prefix_space = 0, {"system": [], "user": [], "assistant": []}, [], [], [], True
 
+    def __init__(self, vocab_size=2 ** 31):
+        self.vocab_size = vocab_size
+
     def encode(self, text):
         if not re.fullmatch(r"\s*\d+(\s+\d+)*\s*", text or "", re.ASCII):
             raise UserError(f"--ids: {text[:40]!r} is not a row of token ids such as '5 17 3'")
-        return [int(word) for word in text.split()]
+        ids = [int(word) for word in text.split()]
+        if max(ids) >= self.vocab_size:
+            raise UserError(f"--ids: {max(ids)} is not among the {self.vocab_size} tokens of this model")
+        return ids
 
     def decode(self, ids):
         return " ".join(map(str, ids))
@@ -283,7 +298,10 @@ def splitting(path, raw):
     need(steps[0].get("behavior"), ("Isolated",), "pre_tokenizer.behavior")
     need(steps[0].get("invert", False), (False,), "pre_tokenizer.invert")
     need((steps[1].get("add_prefix_space"), steps[1].get("use_regex")), ((False, False),), "ByteLevel (add_prefix_space, use_regex)")
-    return steps[0]["pattern"]["Regex"], normalizer.get("type")
+    pattern = steps[0]["pattern"]["Regex"]
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"the pattern is {pattern!r}")
+    return pattern, normalizer.get("type")
 
 
 @lru_cache(maxsize=None)
@@ -904,6 +922,7 @@ def main(argv=None):
     parser.add_argument("--turns", type=int, help="questions on each text to write (default: 1 to 8)")
     parser.add_argument("--text", help="folder of .txt or .txt.xz files to mix in")
     parser.add_argument("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
+    parser.add_argument("--strict", action="store_true", help="stop at a broken line of a QA file")
     args = parser.parse_args(argv)
     if args.write:
         source = Source(args.split)
@@ -913,7 +932,7 @@ def main(argv=None):
         return
     tokenizer = Tokenizer.load(args.model)
     texts = read_texts(args.text) if args.text else ()
-    records = [read_conversations(path) for path in args.qa]
+    records = [read_conversations(path, args.strict) for path in args.qa]
     rng = random.Random(args.seed)
     for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question",
                  "language modelling, the text in the prompt"):
@@ -940,12 +959,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists what there is")
 
 
-def positive(kind):
-    """An argparse type: a number of this kind above 0."""
+def positive(kind, zero=False):
+    """An argparse type: a finite number of this kind above 0, or at least 0."""
     def parse(text):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not (0 <= value if zero else 0 < value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'above'} 0")
         return value
     parse.__name__ = kind.__name__
     return parse

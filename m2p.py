@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight.to(x.dtype), self.in_proj_bias.to(x.dtype))
         q, k, v = qkv.view(-1, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)     # (-1, heads, T, H / heads)
         if x.device.type == "cpu":       # faster than the kernel for rows as short as L
-            y = torch.softmax(q @ k.transpose(-1, -2) * (H // self.heads) ** -0.5, -1) @ v
+            y = torch.softmax(q * (H // self.heads) ** -0.5 @ k.transpose(-1, -2), -1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         y = y.transpose(1, 2).reshape(*lead, T, H)
@@ -84,9 +84,12 @@ class M2P(nn.Module):
 
     def __init__(self, L, M, H, num_layers=4, heads=None):
         super().__init__()
+        heads = heads or attention_heads(H)
+        if H % heads:
+            raise ValueError(f"a hidden size of {H} does not divide into {heads} M2P heads")
         self.layer_pe, self.token_pe = nn.Parameter(torch.zeros(L, H)), nn.Parameter(torch.zeros(M, H))
         self.checkpointing = False      # keep each layer's input only and compute the layer again on the way back
-        self.transformer_layers = nn.ModuleList(EncoderLayer(H, heads or attention_heads(H)) for _ in range(num_layers))
+        self.transformer_layers = nn.ModuleList(EncoderLayer(H, heads) for _ in range(num_layers))
 
     def forward(self, memory_states, trace=None):
         """memory states (B, L, M, H) -> flat parameters (B, L, M * H). `trace(name, tensor)` is shown every step."""

@@ -21,6 +21,7 @@ folder with config.json and model.safetensors loads by name.
 import json
 import math
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,28 +62,33 @@ class Config:
     @classmethod
     def load(cls, folder):
         """Read folder/config.json. Fields we do not have are ignored unless they change the computation."""
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is not a model folder")
         raw = read_json(Path(folder) / "config.json")
-        rope = raw.get("rope_parameters") or {}
+        rope, layers = raw.get("rope_parameters") or {}, raw.get("layer_types") or ["full_attention"]
+        if isinstance(rope, dict) and all(rope.get(k, "default") == "default" for k in ("rope_type", "type")):
+            raw, rope = raw | {k: v for k, v in rope.items() if k == "rope_theta"}, None
+        if isinstance(layers, list) and all(kind == "full_attention" for kind in layers):
+            layers = None
         for key, value, plain in (
                 ("architectures", raw.get("architectures") or ["Qwen3ForCausalLM"], ["Qwen3ForCausalLM"]),
-                ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
-                ("layer_types", sorted(set(raw.get("layer_types") or ["full_attention"])), ["full_attention"]),
+                ("rope_parameters", rope, None), ("layer_types", layers, None),
                 *((key, raw.get(key, plain), plain) for key, plain in (
                     ("model_type", "qwen3"), ("attention_bias", False), ("rope_scaling", None), ("use_sliding_window", False),
                     ("hidden_act", "silu"), ("quantization_config", None)))):
             if value != plain:
-                raise UserError(f"{folder}/config.json: {key} = {value!r} is not supported, only {plain!r}")
+                raise UserError(f"{folder}/config.json: {key} = {value!r} is not supported" + (f", only {plain!r}" if plain else ""))
         known = {f.name for f in fields(cls)}
         missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} - set(raw)
         if missing:
             raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
-        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         for key, default in (("head_dim", 128), ("num_key_value_heads", 32), ("tie_word_embeddings", False)):   # Qwen3's own
             raw.setdefault(key, default)
-        wrong = [f.name for f in fields(cls) if f.name in raw and (isinstance(raw[f.name], bool) is not (f.type in (bool, "bool"))
-                                                                   or not isinstance(raw[f.name], (int, float)))]
+        kind = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v > 0,
+                "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
+        wrong = [f.name for f in fields(cls) if f.name in raw and not kind[getattr(f.type, "__name__", f.type)](raw[f.name])]
         if wrong:
-            raise UserError(f"{folder}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not of the right kind")
+            raise UserError(f"{folder}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not of the right kind or size")
         return cls(**{k: v for k, v in raw.items() if k in known})
 
     def save(self, folder):
@@ -195,23 +201,22 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        z = x.float()
-        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
+        z, n = x.float(), x.shape[-1]
+        z = z * ((z * z).sum(-1, keepdim=True) + n * self.eps).rsqrt() * math.sqrt(n)       # z / sqrt(mean of z^2 + eps), in few steps
         return z.to(x.dtype) * self.weight.to(x.dtype)
 
 
 def rope(positions, head_dim, theta):
-    """Rotary angles: positions (B, T) -> cos, sin (B, 1, T, head_dim), halves repeated as in Qwen3."""
+    """Rotary angles: positions (B, T) -> cos, sin (B, 1, T, head_dim), halves repeated as in Qwen3, sin negative in the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)   # (head_dim / 2,)
     angle = positions[:, None, :, None].float() * frequency                                           # (B, 1, T, head_dim / 2)
-    angle = torch.cat((angle, angle), -1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, T, head_dim) turned by its position."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+    """x (B, heads, T, head_dim) turned by its position: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class KVCache:
@@ -220,7 +225,7 @@ class KVCache:
     def __init__(self, config, batch, length, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys, self.values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-        self.mask = torch.zeros(batch, length, dtype=torch.bool, device=device)   # True where a real token stands
+        self.mask = None                                  # (B, length), True where a real token stands; None: everywhere
         self.used, self.length = 0, length
 
     def store(self, layer, k, v):
@@ -241,7 +246,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, angles, bias, lora, cache=None, layer=0):
-        """x (B, T, H) -> (B, T, H). bias (B, 1, T, keys) is added to the scores; None means causal over the T tokens."""
+        """x (B, T, H) -> (B, T, H). bias (B, 1, T, keys) is added to the scores; None: causal over the T tokens, or one
+        token that sees all keys."""
         c, (B, T, _) = self.config, x.shape
         heads, groups, D = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
         project = lambda name: linear(x, getattr(self, name).weight, lora.get(f"self_attn.{name}")).view(B, T, -1, D)
@@ -250,12 +256,12 @@ class Attention(nn.Module):
         v = project("v_proj").transpose(1, 2)
         if cache is not None:
             k, v = cache.store(layer, k, v)
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if bias is not None and x.device.type == "cpu" and T > 1:   # twice as fast as the masked kernel at small sizes
-            y = torch.softmax(q @ k.transpose(-1, -2) * D ** -0.5 + bias, -1) @ v
+            if groups > 1:
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            y = torch.softmax(q * D ** -0.5 @ k.transpose(-1, -2) + bias, -1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=groups > 1)
         y = y.transpose(1, 2).reshape(B, T, heads * D)
         return linear(y, self.o_proj.weight, lora.get("self_attn.o_proj"))
 
@@ -359,8 +365,11 @@ class LanguageModel(nn.Module):
         """x (B, T, H) through all layers -> (x, the last `keep` positions after each layer)."""
         T, start = x.shape[1], 0 if cache is None else cache.used
         if cache is not None:
-            cache.mask[:, start:start + T] = True if mask is None else mask.bool()
-            mask = cache.mask[:, :start + T]
+            if mask is not None and cache.mask is None:
+                cache.mask = torch.ones(len(x), cache.length, dtype=torch.bool, device=x.device)
+            if cache.mask is not None:
+                cache.mask[:, start:start + T] = True if mask is None else mask.bool()
+                mask = cache.mask[:, :start + T]
         angles, bias = self._positions(x, mask, start)
         kept = []
         for i, layer in enumerate(self.model.layers):
@@ -383,15 +392,17 @@ class LanguageModel(nn.Module):
         else:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
         angles = tuple(t.to(x.dtype) for t in rope(positions, c.head_dim, c.rope_theta))
-        if mask is None:
+        if mask is None and (start == 0 or T == 1):
             return angles, None
+        if mask is None:
+            mask = torch.ones(1, start + T, device=device)
         row = torch.arange(start, start + T, device=device)[:, None]                 # query positions in the padded row
         column = torch.arange(start + T, device=device)[None]                        # key positions
         seen = (column <= row) & mask.bool()[:, None, None, :] | (column == row)     # a padded query sees itself: no NaN
         return angles, torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, float("-inf"))
 
     # ------------------------------------------------------------------------ generation
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, input_ids, attention_mask=None, lora=None, max_new_tokens=64, stop=(), temperature=0.0, top_k=0,
                  top_p=1.0, seed=0):
         """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
@@ -444,15 +455,18 @@ class LanguageModel(nn.Module):
         config = Config.load(folder)
         with torch.device("meta"):
             model = cls(config)
-        tensors = {}
+        tensors, where = {}, {}
         for path in weight_files(folder):
             part = read_tensors(path, device)
             if twice := sorted(set(part) & set(tensors)):
                 raise UserError(f"{path} holds {twice[0]}, which another file of {folder} holds too")
+            where |= dict.fromkeys(part, path)
             tensors |= {k: part.pop(k).to(dtype) if dtype else part.pop(k) for k in list(part)}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        check_tensors(folder, tensors, {k: v.shape for k, v in model.state_dict().items()})
+        check_tensors(folder, tensors, {k: v.shape for k, v in model.state_dict().items()}, where)
+        one = tensors["model.embed_tokens.weight"].dtype        # of all: norms are sometimes stored in another
+        tensors = {k: v.to(one) for k, v in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.name = Path(folder).resolve().name
         return model
@@ -496,8 +510,8 @@ def read_json(path):
     """A JSON object as a dict, or a UserError that names the file."""
     try:
         value = json.loads(read_file(path))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
@@ -530,15 +544,27 @@ def read_tensors(path, device="cpu"):
         raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
 
 
-def check_tensors(path, tensors, shapes):
-    """Refuse tensors that are missing, left over, or of another shape than `shapes` {name: shape} says."""
+def read_header(path):
+    """{name: dtype as safetensors spells it} of a file, without its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from None
+
+
+def check_tensors(path, tensors, shapes, where={}):
+    """Refuse tensors that are missing, left over, or of another shape than `shapes` {name: shape} says; `where`: {name: file}."""
     for name in sorted(set(shapes) | set(tensors)):
         if name not in tensors:
             raise UserError(f"{path} lacks the tensor {name}")
+        file, t = where.get(name, path), tensors[name]
         if name not in shapes:
-            raise UserError(f"{path} holds {name}, which this model does not have")
-        if tuple(tensors[name].shape) != tuple(shapes[name]):
-            raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, expected {tuple(shapes[name])}")
+            raise UserError(f"{file} holds {name}, which this model does not have")
+        if tuple(t.shape) != tuple(shapes[name]):
+            raise UserError(f"{file}: {name} is {tuple(t.shape)}, expected {tuple(shapes[name])}")
+        if t.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or t.layout != torch.strided or t.is_meta:
+            raise UserError(f"{file}: {name} is not a plain tensor of floating-point numbers ({t.dtype}, {t.layout})")
 
 
 def write_file(path, write):
@@ -556,6 +582,27 @@ def write_file(path, write):
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"cannot write {path}: {error}") from None
+        raise
+
+
+@contextmanager
+def new_folder(path):
+    """A folder that is there whole or not at all: what the block writes into the temporary one it is given is renamed at the end."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path} is there already and not an empty folder: choose another folder")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error}") from None
         raise
 

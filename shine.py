@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
 import time
@@ -36,7 +35,7 @@ from torch import nn
 from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
 from model import (LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
-                   read_json, read_tensors, weight_files, write_file, write_json)
+                   new_folder, read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/tiny"
 
@@ -53,7 +52,8 @@ class ShineConfig:
     conversation_length: int = 384  # longest conversation in tokens
 
 
-PUBLISHED_LENGTHS = ShineConfig(context_length=2380, conversation_length=1150)      # the longest of section 6
+PUBLISHED = ("metanetwork.pth", "metalora.pth", "mem_tokens.pt")          # the files of a hypernetwork as its authors release it
+PUBLISHED_LENGTHS = dict(context_length=2380, conversation_length=1150)     # the longest of section 6
 
 
 class LoRA(list):
@@ -70,44 +70,46 @@ class LoRA(list):
 
     def save(self, path):
         """Write one row as safetensors: layers.<i>.<linear>.lora_A (in, r), .lora_B (r, out); the text itself is not in it."""
-        tensors = {}
-        for i, layer in enumerate(self):      # info describes row 0 unless row() chose another
-            for name, pair in layer.items():
-                for half, t in zip("AB", pair):
-                    assert len(t) == 1, f"save one row at a time: lora.row(i).save(path); this has {len(t)}"
-                    tensors[f"layers.{i}.{name}.lora_{half}"] = t[0].detach().cpu().contiguous()
+        tensors = {f"layers.{i}.{name}.lora_{half}": t[0].detach().cpu().contiguous()
+                   for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
         info = {k: str(v) for k, v in self.row(0).info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
     def export_peft(self, folder, base_name):
-        """Write one row as a PEFT adapter: lora_A.weight = A^T (r, in), lora_B.weight = B^T (out, r), alpha = r so that PEFT's
-        factor alpha / r is 1. base_name: what PEFT's users load the language model by."""
+        """Write one row as a PEFT adapter into a new folder: lora_A.weight = A^T (r, in), lora_B.weight = B^T (out, r), alpha = r
+        so that PEFT's factor alpha / r is 1. base_name: what PEFT's users load the language model by."""
         tensors = {f"base_model.model.model.layers.{i}.{name}.lora_{half}.weight": t[0].detach().float().cpu().T.contiguous()
-                   for i, layer in enumerate(self) for name, pair in layer.items() for half, t in zip("AB", pair)}
-        write_file(Path(folder) / "adapter_model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-        write_json(Path(folder) / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
-            "lora_alpha": self.r, "target_modules": [name.split(".")[1] for name in self[0]], "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
+                   for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
+        with new_folder(folder) as folder:
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            write_json(folder / "adapter_config.json", {
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
+                "lora_alpha": self.r, "target_modules": [name.split(".")[1] for name in self[0]], "lora_dropout": 0.0, "bias": "none",
+                "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
 
     def merge_into(self, base_folder, folder):
-        """Write a whole model folder with W + (A B)^T in the place of W, file by file, in the dtype of the base."""
-        base_folder, folder = Path(base_folder), Path(folder)
-        if folder.resolve() == base_folder.resolve():
-            raise UserError(f"{folder} is the language model itself: choose another folder")
-        for path in weight_files(base_folder):
-            tensors = read_tensors(path)
-            for i, layer in enumerate(self):
-                for name, (A, B) in layer.items():
-                    if (key := f"model.layers.{i}.{name}.weight") in tensors:
-                        W = tensors[key]
-                        tensors[key] = (W.float() + (A[0].float() @ B[0].float()).T.cpu()).to(W.dtype).contiguous()
-            write_file(folder / path.name, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-        for path in base_folder.iterdir():      # config, tokenizer, index
-            if path.suffix in (".json", ".txt", ".jinja") and path.name != "hypernet.json":
-                write_file(folder / path.name, lambda p: shutil.copyfile(path, p))
-        if (base_folder / "bpe.json").is_file():
-            Tokenizer.load(base_folder).save_hugging_face(folder)
+        """Write a new model folder with W + (A B)^T in the place of W, file by file, in the dtype of the base (bf16 rounds the sum)."""
+        base_folder, layers = Path(base_folder), self.one_row()
+        with new_folder(folder) as folder:
+            for path in weight_files(base_folder):
+                tensors = read_tensors(path)
+                for i, layer in enumerate(layers):
+                    for name, (A, B) in layer.items():
+                        if (key := f"model.layers.{i}.{name}.weight") in tensors:
+                            W = tensors[key]
+                            tensors[key] = (W.float() + (A[0].float() @ B[0].float()).T.cpu()).to(W.dtype).contiguous()
+                save_file(tensors, folder / path.name, metadata={"format": "pt"})
+            for pattern in ("config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "vocab.json", "merges.txt",
+                            "special_tokens_map.json", "added_tokens.json", "chat_template.*", "bpe.json"):
+                for path in base_folder.glob(pattern):
+                    shutil.copyfile(path, folder / path.name)
+            if (base_folder / "bpe.json").is_file():
+                Tokenizer.load(base_folder).save_hugging_face(folder)
+
+    def one_row(self):
+        rows = len(self[0]["mlp.up_proj"][0])
+        assert rows == 1, f"one row at a time: lora.row(i) first; this has {rows}"
+        return self
 
     @classmethod
     def load(cls, path, base):
@@ -128,13 +130,18 @@ class LoRA(list):
         return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
 
 
+def smallest_rank(config):
+    """The ranks whose LoRA can be cut out of memory states are its multiples."""
+    return config.hidden_size // math.gcd(config.hidden_size, lora_size(config, 1))
+
+
 def fingerprint(base):
-    """Names a language model by a hash of its config and its norms: 12 hex digits."""
+    """Names a language model by a hash of its config and of the first numbers of every tensor, in bf16: 12 hex digits."""
     if base.model.norm.weight.is_meta:
         return ""
     state = json.dumps(asdict(base.config), sort_keys=True).encode()
-    norms = torch.cat([p.detach().bfloat16().float().cpu() for n, p in base.named_parameters() if p.dim() == 1])
-    return hashlib.sha256(state + norms.numpy().tobytes()).hexdigest()[:12]
+    numbers = torch.cat([p.detach().flatten()[:64].bfloat16().float().cpu() for p in base.parameters()])
+    return hashlib.sha256(state + numbers.numpy().tobytes()).hexdigest()[:12]
 
 
 def load_tokenizer(folder, base):
@@ -142,37 +149,50 @@ def load_tokenizer(folder, base):
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("bpe.json", "tokenizer.json", "vocab.json")):
         raise UserError(f"{folder} has no tokenizer: bpe.json is missing, and so are tokenizer.json and vocab.json "
-                        "(without one, give token ids with --ids)")
+                        "(without one, shine.py takes token ids: --ids)")
     tokenizer = Tokenizer.load(folder) if (folder / "bpe.json").is_file() else Tokenizer.from_hugging_face(folder)
     if tokenizer.recon > base.config.vocab_size:
         raise UserError(f"{folder} has {tokenizer.recon} tokens, more than the {base.config.vocab_size} rows of the model's embedding")
     return tokenizer
 
 
+def holds_hypernet(folder):
+    """"ours", "published" or None: which kind of hypernetwork a folder holds."""
+    there = lambda name: (Path(folder) / name).is_file()
+    return "ours" if there("hypernet.json") else "published" if any(map(there, PUBLISHED)) else None
+
+
 def read_published(folder):
     """The files of the published code (pickles, read as tensors and nothing else) -> {name: tensor} for load_published."""
-    def read(name):
+    def read(name, kind):
         path = Path(folder) / name
-        try:
-            if not path.is_file():
-                raise UserError(f"{path} is missing: a published hypernetwork has metanetwork.pth, metalora.pth and mem_tokens.pt")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise UserError(f"{path} does not hold tensors and nothing else ({str(error).splitlines()[0][:90]}); "
-                            "nothing in it was run") from None
-    short = {"attention": ("self_attn", {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}),
-             "mlp": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})}
-    tensors = {"mem_tokens": read("mem_tokens.pt")} | {f"metanetwork.{n}": t for n, t in read("metanetwork.pth").items()}
-    meta = read("metalora.pth")
+        if not path.is_file():
+            raise UserError(f"{path} is missing: a published hypernetwork has {', '.join(PUBLISHED)}")
+        for mmap in (True, False):               # files of the older format cannot be mapped
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+                break
+            except Exception as error:           # damaged pickles raise whatever they like
+                if not mmap:
+                    raise UserError(f"{path} is damaged or holds more than tensors ({(str(error).splitlines() or [type(error).__name__])[0][:80]}); "
+                                    "nothing in it was run") from None
+        if not isinstance(value, kind):
+            raise UserError(f"{path} holds a {type(value).__name__}, not what the published code writes")
+        return value
+    net, memory, meta = read("metanetwork.pth", dict), read("mem_tokens.pt", torch.Tensor), read("metalora.pth", (list, tuple, dict))
+    tensors = {"mem_tokens": memory} | {f"metanetwork.{n}": t for n, t in net.items()}
     try:
         for i, layer in meta.items() if isinstance(meta, dict) else enumerate(meta):
-            for part, (prefix, linears) in short.items():
-                for key, name in linears.items():
-                    for half in "AB":
-                        tensors[f"metalora.layers.{i}.{prefix}.{name}.lora_{half}"] = layer[part][key][half]
-        wrong = [n for n, t in tensors.items() if not torch.is_tensor(t)]
+            for part, prefix in (("attention", "self_attn"), ("mlp", "mlp")):
+                for key, pair in layer[part].items():
+                    name = f"metalora.layers.{i}.{prefix}.{key}_proj"
+                    tensors |= {f"{name}.lora_A": pair["A"], f"{name}.lora_B": pair["B"]}
+                    if pair.get("C") is not None:
+                        raise UserError(f"{folder}/metalora.pth: {name} has a bias C, which this project does not know")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/metalora.pth is not a meta LoRA as the published code writes it ({error!r})") from None
+    wrong = [n for n, t in tensors.items() if not torch.is_tensor(t)]
     if wrong:
         raise UserError(f"{folder}: {wrong[0]} is not a tensor")
     return tensors
@@ -180,18 +200,16 @@ def read_published(folder):
 
 def published_config(folder, tensors, base_config, scale=None, m2p_heads=None):
     """The sizes that the tensors of a published hypernetwork tell; scale and heads they do not: by the paper's settings."""
-    try:
-        M, H = tensors["mem_tokens"].shape
-        meta_r = tensors["metalora.layers.0.self_attn.q_proj.lora_A"].shape[-1]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder}: mem_tokens.pt or metalora.pth has not the published form ({error})") from None
-    per_rank = lora_size(base_config, 1)
-    if H != base_config.hidden_size or M * H % per_rank:
-        raise UserError(f"{folder} was made for another language model: {M} memory tokens of width {H} are no LoRA of one of "
-                        f"width {base_config.hidden_size} with {per_rank} numbers a layer and rank")
-    layers = 1 + max((int(n.split(".")[2]) for n in tensors if n.startswith("metanetwork.transformer_layers.")), default=-1)
-    return ShineConfig(r=M * H // per_rank, meta_r=meta_r, m2p_layers=layers, m2p_heads=m2p_heads or 0, scale=scale or 0.001,
-                       context_length=PUBLISHED_LENGTHS.context_length, conversation_length=PUBLISHED_LENGTHS.conversation_length)
+    memory, A = tensors["mem_tokens"], tensors.get("metalora.layers.0.self_attn.q_proj.lora_A")
+    if memory.dim() != 2 or A is None or A.dim() != 3 or not A.shape[-1]:
+        raise UserError(f"{folder}: mem_tokens.pt is not (M, H), or metalora.pth has no A (1, in, rank) for layer 0's q")
+    (M, H), per_rank = memory.shape, lora_size(base_config, 1)
+    if H != base_config.hidden_size or M * H % per_rank or not M:
+        raise UserError(f"{folder} was made for another language model: {M} memory tokens of width {H} (mem_tokens.pt) are no LoRA "
+                        f"of one of width {base_config.hidden_size} with {per_rank} numbers a layer and rank")
+    numbers = [n.split(".")[2] for n in tensors if n.startswith("metanetwork.transformer_layers.")]
+    return ShineConfig(r=M * H // per_rank, meta_r=A.shape[-1], m2p_layers=len(set(numbers)), m2p_heads=m2p_heads or 0,
+                       scale=scale or 0.001, **PUBLISHED_LENGTHS)
 
 
 class Shine(nn.Module):
@@ -205,12 +223,12 @@ class Shine(nn.Module):
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
         try:
             self.M = memory_tokens(self.P, H)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)
         except ValueError as error:
-            step = H // math.gcd(H, lora_size(c, 1))
-            raise UserError(f"{error} (with this language model: a multiple of {step})") from None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)
+            hint = "" if config.r % smallest_rank(c) == 0 else f" (--rank: a multiple of {smallest_rank(c)} fits)"
+            raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
         if self.memory.is_meta:
@@ -271,14 +289,16 @@ class Shine(nn.Module):
     def device(self):
         return self.base.model.norm.weight.device
 
-    def from_published(self, tensors):
+    def from_published(self, tensors, folder="the published hypernetwork"):
         """Tensors as the published code names them -> as ours are named: mem_tokens (M, H), metanetwork.<M2P name>,
         metalora.layers.<i>.<linear>.lora_A (1, in, meta_r) and lora_B (1, meta_r, out)."""
-        try:
-            meta = [{name: tuple(tensors[f"metalora.layers.{i}.{name}.lora_{half}"][0] for half in "AB")
-                     for name, _, _ in lora_layout(self.base.config)} for i in range(self.base.config.num_hidden_layers)]
-        except KeyError as error:
-            raise UserError(f"the published hypernetwork lacks {error}: it was made for another language model") from None
+        L, layout, r = self.base.config.num_hidden_layers, lora_layout(self.base.config), self.config.meta_r
+        check_tensors(f"{folder}/metanetwork.pth", {n: t for n, t in tensors.items() if n.startswith("metanetwork.")},
+                      {f"metanetwork.{n}": p.shape for n, p in self.m2p.named_parameters()})
+        check_tensors(f"{folder}/metalora.pth", {n: t for n, t in tensors.items() if n.startswith("metalora.")},
+                      {f"metalora.layers.{i}.{name}.lora_{half}": shape for i in range(L) for name, n_in, n_out in layout
+                       for half, shape in (("A", (1, n_in, r)), ("B", (1, r, n_out)))})
+        meta = [{name: tuple(tensors[f"metalora.layers.{i}.{name}.lora_{half}"][0] for half in "AB") for name, _, _ in layout} for i in range(L)]
         return {"memory": tensors["mem_tokens"], "meta_lora": flatten(meta)} | {
             "m2p." + n.removeprefix("metanetwork."): t for n, t in tensors.items() if n.startswith("metanetwork.")}
 
@@ -311,12 +331,16 @@ class Shine(nn.Module):
                 raise UserError(f"{path} is not a model folder")
         base_folder = folder if base is None or isinstance(base, LanguageModel) else base
         base = base if isinstance(base, LanguageModel) else LanguageModel.load(base_folder, device, dtype)
-        tokenizer = tokenizer or load_tokenizer(base_folder, base)
-        config, tensors = PUBLISHED_LENGTHS, None
-        if folder is not None and (Path(folder) / "metanetwork.pth").is_file() and not (Path(folder) / "hypernet.json").is_file():
+        tokenizer = Ids(base.config.vocab_size) if tokenizer is Ids else tokenizer or load_tokenizer(base_folder, base)
+        config, tensors = ShineConfig(smallest_rank(base.config), **PUBLISHED_LENGTHS), None
+        if folder is not None and holds_hypernet(folder) == "published":
             published = read_published(folder)
             config = published_config(folder, published, base.config, scale, m2p_heads)
         elif folder is not None:
+            if not holds_hypernet(folder):
+                raise UserError(f"{folder} holds no hypernetwork: neither hypernet.json nor {', '.join(PUBLISHED)}")
+            if scale or m2p_heads:
+                raise UserError(f"--scale and --m2p-heads are for published files; {folder}/hypernet.json has its own")
             published, path = None, Path(folder) / "hypernet.json"
             raw = read_json(path)
             if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
@@ -330,7 +354,7 @@ class Shine(nn.Module):
             shine = cls(base, tokenizer, config)
         if folder is None:
             return shine.eval()
-        tensors = tensors or shine.from_published(published)
+        tensors = tensors or shine.from_published(published, folder)
         check_tensors(folder, tensors, {n: p.shape for n, p in shine.trained().items()})
         shine.load_state_dict({n: t.to(device, dtype or t.dtype) for n, t in tensors.items()}, strict=False, assign=True)
         return shine.eval()
@@ -342,7 +366,7 @@ class Conversation:
     def __init__(self, shine, lora=None, context=None, max_new_tokens=64, **sampling):
         self.shine, self.lora = shine, lora
         self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
-        self.max_new_tokens, self.sampling, self.turns = max_new_tokens, sampling, []
+        self.max_new_tokens, self.sampling, self.turns, self.dropped = max_new_tokens, sampling, [], 0
 
     def prompt(self, question):
         """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
@@ -351,6 +375,7 @@ class Conversation:
             ids, _ = render(self.shine.tokenizer, turns + [("user", question)], self.context, open_ended=True)
             limit = self.shine.config.conversation_length + len(self.context or ())
             if len(ids) + self.max_new_tokens <= max(limit, self.max_new_tokens + 64):
+                self.dropped += (len(self.turns) - len(turns)) // 2
                 self.turns = turns
                 return ids
             if not turns:
@@ -530,6 +555,9 @@ def chat(shine, lora, text, options, say, talk):
                 except KeyboardInterrupt:
                     pass
                 print(flush=True)
+                if talk.dropped:
+                    say(f"  note: the conversation is full; its oldest {talk.dropped} question(s) and answer(s) were dropped")
+                    talk.dropped = 0
                 if compare:
                     for name, context in (("text in the prompt", text), ("without the text", None)):
                         if name == "without the text" or text:
@@ -553,7 +581,7 @@ def main(argv=None):
     add("--ask", action="append", default=[], metavar="Q", help="answer this and exit; may be repeated: one conversation")
     add("--json", action="store_true", help="with --ask: one JSON object on standard output")
     add("--inspect", action="store_true", help="print every step from the text to the parameters")
-    add("--model", metavar="DIR", default=str(DEFAULT_MODEL), help="model folder (default: the weights that ship)")
+    add("--model", metavar="DIR", help="model folder (default: the weights that ship)")
     add("--base", metavar="DIR", help="language model: a Hugging Face Qwen3 folder; bf16 stays bf16")
     add("--hypernet", metavar="DIR", help="hypernetwork for --base: ours, or as its authors release it")
     add("--scale", type=positive(float), help="of a published hypernetwork, whose files do not tell it (default 0.001)")
@@ -574,26 +602,37 @@ def main(argv=None):
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
     device, dtype, _ = pick_device(args.device)
+    content = [args.text, args.file, args.load, *args.ask, args.chat or None, args.save, args.inspect or None, args.export_peft, args.merge_into]
+    for wrong, complaint in (
+            (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "out", "save", "export_peft", "merge_into", "logits")),
+             "a path is empty"),
+            (args.model and (args.base or args.hypernet), "--model DIR holds both parts: give it, or --base DIR and --hypernet DIR"),
+            (args.hypernet and not args.base, "--hypernet needs the language model it was made for: --base DIR"),
+            (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
+            (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
+            (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
+            (args.logits and not args.ask, "--logits keeps the logits of questions: it needs --ask"),
+            ((args.scale or args.m2p_heads) and not (args.hypernet or args.convert), "--scale and --m2p-heads describe published files: --hypernet DIR")):
+        if wrong:
+            raise UserError(complaint)
     if args.convert:
-        if not args.base or not args.out:
-            raise UserError("--convert DIR needs --base DIR and --out DIR")
-        shine = Shine.load(args.convert, base=args.base, dtype=None, tokenizer=Ids(), scale=args.scale, m2p_heads=args.m2p_heads)
+        if holds_hypernet(args.convert) != "published":
+            raise UserError(f"{args.convert} holds no published hypernetwork ({', '.join(PUBLISHED)})")
+        shine = Shine.load(args.convert, base=args.base, dtype=None, tokenizer=Ids, scale=args.scale, m2p_heads=args.m2p_heads)
         shine.save(args.out, dtype=None)
         print(f"wrote {args.out}: M = {shine.M}, rank {shine.config.r}, meta rank {shine.config.meta_r}, "
               f"{shine.config.m2p_layers} M2P layers, for {shine.base.name}")
         return
-    text = read_text(args)
-    if args.hypernet and not args.base:
-        raise UserError("--hypernet needs the language model it was made for: --base DIR")
+    text, folder = read_text(args), args.model or str(DEFAULT_MODEL)
     if args.base and not args.hypernet and text is not None:
         raise UserError("--base alone cannot read a text: name a hypernetwork with --hypernet DIR, or a LoRA with --load")
-    tokenizer = Ids() if args.ids else None
+    tokenizer = Ids if args.ids else None
     if args.base:
         shine = Shine.load(args.hypernet, device, None, args.base, tokenizer, args.scale, args.m2p_heads)
         if shine.base.model.norm.weight.dtype == torch.bfloat16:
             shine.base.compute_dtype = dtype
     else:
-        shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
+        shine = Shine.load(folder, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
                "seed": args.seed}
     notes = sys.stderr if args.json else sys.stdout
@@ -611,10 +650,10 @@ def main(argv=None):
         lora.save(args.save)
         say(f"saved to {args.save}")
     if args.export_peft:
-        lora.export_peft(args.export_peft, args.base or args.model)
+        lora.export_peft(args.export_peft, args.base or folder)
         say(f"PEFT adapter written to {args.export_peft}")
     if args.merge_into:
-        lora.merge_into(args.base or args.model, args.merge_into)
+        lora.merge_into(args.base or folder, args.merge_into)
         say(f"language model with the LoRA in its weights written to {args.merge_into}")
     turns, logits, talk = [], {}, Conversation(shine, lora, **options)
     for question in args.ask:

