@@ -11,7 +11,6 @@ import io
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,9 @@ from shine import Shine, ShineConfig, load_tokenizer
 GIB = 2 ** 30
 
 
-def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(which):
+    """Bytes of this process, from Linux: VmRSS now, VmHWM at most so far (ru_maxrss would begin with the parent's)."""
+    return int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def text_of(tokenizer, tokens):
@@ -61,8 +61,9 @@ def talk(args):
 
 
 def train(args):
-    """Two passes and an optimizer step at the given lengths."""
-    from train import make_optimizers
+    """A pass, an optimizer step and another pass at the given lengths: in the last all there is lives at once."""
+    from train import give_back_memory, make_optimizers
+    give_back_memory()
     _, dtype, _ = pick_device("cpu")
     model = LanguageModel.load(args.base, dtype=None)
     model.compute_dtype = dtype
@@ -74,9 +75,9 @@ def train(args):
     batch = {"input_ids": ones * 7, "attention_mask": ones, "weights": torch.ones(B, S), "context_ids": torch.ones(B, N, dtype=torch.long),
              "context_mask": torch.ones(B, N, dtype=torch.long)}
     started = time.perf_counter()
-    for _ in range(2):
-        shine(batch).backward()
+    shine(batch).backward()
     optimizers[0].step()
+    shine(batch).backward()
     return {"seconds of two passes and a step": round(time.perf_counter() - started, 1)}
 
 
@@ -89,12 +90,12 @@ def child(what, base, *more):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def estimate(base, length, checkpointing):
+def estimate(base, length):
     from train import dry_run, parse
     args = ["--stage", "pretrain", "--base", base, "--preset", "paper", "--dry-run", "--device", "cpu", "--accumulate", 1,
             "--context-length", length, "--conversation-length", length]
     with contextlib.redirect_stdout(io.StringIO()):
-        return dry_run(parse([str(a) for a in args]))["total"][checkpointing]
+        return dry_run(parse([str(a) for a in args]))
 
 
 def main(argv=None):
@@ -107,20 +108,20 @@ def main(argv=None):
     parser.add_argument("--json")
     args = parser.parse_args(argv)
     if args.child:
-        before = resident()
+        before = resident("VmRSS")
         row = {"load": load, "talk": talk, "train": train}[args.child](args)
-        print(json.dumps(row | {"peak GiB": (resident() - before) / GIB}))
+        print(json.dumps(row | {"peak GiB": (resident("VmHWM") - before) / GIB}))
         return
     config = Config.load(args.base)
     results = {"load": child("load", args.base)}
     with tempfile.TemporaryDirectory() as tmp:
         base = LanguageModel.load(args.base)
-        Shine(base, load_tokenizer(args.base, base), ShineConfig(8, 128, 4, 0, 0.001, 2380, 1150)).save(tmp)
+        Shine(base, load_tokenizer(args.base, base), ShineConfig(8, 128, 4, 0, 0.001, 2380, 1150)).save(tmp, torch.float32)
         del base
-        results["talk"] = child("talk", args.base, "--hypernet", tmp)
+        results["talk"] = child("talk", args.base, "--hypernet", tmp) | {"dry run GiB": estimate(args.base, 1000)["talk"] / GIB}
     for length, checkpointing in ((128, False), (128, True), (256, False), (512, True)):
         row = child("train", args.base, "--length", length, *(["--checkpointing"] if checkpointing else []))
-        row["dry run GiB"] = estimate(args.base, length, checkpointing) / GIB
+        row["dry run GiB"] = estimate(args.base, length)["total"][checkpointing] / GIB
         results[f"training pass, {length} + {length} tokens{', checkpointing' if checkpointing else ''}"] = row | {"estimate / measured": row["dry run GiB"] / row["peak GiB"]}
     machine = f"{re.sub(' +', ' ', platform.processor() or platform.machine())}, {torch.get_num_threads()} threads, torch {torch.__version__}, {pick_device('cpu')[2]}"
     print(f"{config.num_hidden_layers} layers of {config.hidden_size}; {machine}")

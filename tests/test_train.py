@@ -163,3 +163,14 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match="No space left"):
         train.save_state(tmp_path, shine, [], {})
     assert (tmp_path / "state.safetensors").read_bytes() == b"older" and [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_the_speed_benchmarks_formula_agrees_with_torchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.speed import SIZES, batch_of, build, flops
+    config, hyper = SIZES["reference"]
+    shine, batch = build("reference", torch.device("cpu"), torch.float32), batch_of(2, 64, 48, config.vocab_size, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        shine(batch).backward()
+    assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counter.get_total_flops(), rel=0.05)

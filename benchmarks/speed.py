@@ -1,0 +1,262 @@
+"""What this implementation costs, and how far that is from what the machine can do.
+
+    python -m benchmarks.speed [--json OUT] [--size shipped|reference|qwen3-0.6b ...] [--quick]
+
+Medians of several runs after warm-up; FLOP/s achieved are beside the machine's own matrix product in the same dtype. FLOPs
+are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random except for `shipped`.
+
+    size         hidden  layers  heads (kv)  ffn   vocabulary  r  meta rank
+    shipped      192     6       6 (3)       512   8192        4  8         checkpoints/tiny
+    small        384     12      6 (3)       1024  8192        4  8         train.py --preset small
+    reference    256     8       4 (2)       768   4096        4  32        the size the paper's own code was timed at
+    qwen3-0.6b   1024    28      16 (8)      3072  151936      8  128       bf16 weights
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import Ids, Parser, run
+from model import PRESETS, QWEN3, Config, LanguageModel, lora_layout, pick_device, write_json
+from shine import DEFAULT_MODEL, Shine, ShineConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {
+    "small": (Config(vocab_size=8192, **PRESETS["small"]), ShineConfig(4, 8, 4)),
+    "reference": (Config(vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+                         intermediate_size=768, rope_theta=1e6), ShineConfig(4, 32, 4)),
+    "qwen3-0.6b": (Config(**QWEN3["qwen3-0.6b"]), ShineConfig(8, 128, 4, 0, 0.001)),
+}
+
+
+def median(call, runs=5, warm=2, seconds=60):
+    """Median seconds of a call; stops early when `seconds` are spent."""
+    times, began = [], time.perf_counter()
+    for i in range(runs + warm):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+        if i >= warm and time.perf_counter() - began > seconds:
+            break
+    return statistics.median(times[min(warm, len(times) - 1):])
+
+
+def matmul_rate(dtype, device, n=2048):
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / median(lambda: a @ b, 7)
+
+
+def build(size, device, dtype):
+    """-> a Shine with compute dtype `dtype`; weights in it too, but for qwen3 (bf16)."""
+    if size == "shipped":
+        shine = Shine.load(DEFAULT_MODEL, device)
+        shine.base.to(dtype)
+        return shine
+    config, hyper = SIZES[size]
+    with torch.device("meta"):
+        base = LanguageModel(config)
+    base.to_empty(device=device).to(torch.bfloat16 if size in QWEN3 else dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for p in base.parameters():
+        p.data.fill_(1.0) if p.dim() == 1 else p.data.normal_(0, 0.02, generator=generator)
+    base.compute_dtype = dtype
+    return Shine(base, Ids(config.vocab_size), hyper).to(device)
+
+
+def batch_of(B, N, S, vocab, device):
+    """Full rows: N context tokens, S conversation tokens of which half carry loss."""
+    g = torch.Generator().manual_seed(1)
+    ids = lambda n: torch.randint(5, vocab, (B, n), generator=g)
+    weights = torch.ones(B, S)
+    weights[:, :S // 2] = 0
+    out = {"context_ids": ids(N), "context_mask": torch.ones(B, N, dtype=torch.bool), "input_ids": ids(S), "attention_mask": torch.ones(B, S, dtype=torch.bool),
+           "weights": weights, "counted": weights[:, 1:].flatten().nonzero()[:, 0]}
+    return {k: v.to(device) for k, v in out.items()}
+
+
+def flops(c, h, M, B, N, S, counted):
+    """FLOPs of one hypernetwork training pass, forward and back; the frozen base has no gradient of its weights.
+
+    A product of T rows with an (in, out) matrix: 2 T in out. Back: once more for the input where something before it trains, once
+    more for the weight where it trains. Attention scores and values: 4 T^2 q a layer (causality is not used to skip), back twice that.
+    """
+    L, H, q = c.num_hidden_layers, c.hidden_size, c.num_attention_heads * c.head_dim
+    body = L * sum(i * o for _, i, o in lora_layout(c))
+    pair = L * sum(i + o for _, i, o in lora_layout(c))
+    T = N + M
+    reading = B * (2 * T * body * 2 + 4 * T * T * q * L * 3 + 2 * T * pair * h.meta_r * 3)
+    m2p = B * h.m2p_layers * (2 * L * M * 8 * H * H * 3 + 4 * L * M * H * 3 * (L + M) / 2)
+    answering = B * (2 * S * body * 2 + 4 * S * S * q * L * 3 + 2 * S * pair * h.r * 3) + 2 * counted * c.vocab_size * H * 2
+    return reading + m2p + answering
+
+
+def step(shine, batch, optimizer):
+    shine(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def training(size, device, dtype, shapes, rate):
+    rows = {}
+    for B, N, S in shapes:
+        shine = build(size, device, dtype)
+        optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True)
+        batch = batch_of(B, N, S, shine.base.config.vocab_size, device)
+        with FlopCounterMode(display=False) as counter:
+            step(shine, batch, optimizer)
+        formula = flops(shine.base.config, shine.config, shine.M, B, N, S, len(batch["counted"]))
+        seconds = median(lambda: step(shine, batch, optimizer), 5, 1)
+        rows[f"{B} x ({N} + {S})"] = {
+            "seconds": seconds, "samples/s": B / seconds, "tokens/s": B * (N + S) / seconds, "of matmul rate": formula / seconds / rate,
+            "formula / counter": formula / counter.get_total_flops()}
+    return rows
+
+
+def base_training(size, device, dtype, B, T, rate):
+    shine = build(size, device, dtype)
+    base = shine.base.float().requires_grad_(True)
+    base.compute_dtype = dtype
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-5, fused=True)
+    batch = batch_of(B, 1, T, base.config.vocab_size, device)
+
+    def one():
+        base.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as counter:
+        one()
+    seconds = median(one, 5, 1)
+    return {f"{B} x {T}": {"seconds": seconds, "tokens/s": B * T / seconds, "of matmul rate": counter.get_total_flops() / seconds / rate}}
+
+
+@torch.no_grad()
+def reading(shine, lengths, batches=(1, 16)):
+    """Text -> LoRA, split into reading, M2P, cutting."""
+    rows = {}
+    for B in batches:
+        for N in lengths:
+            ids = torch.randint(5, shine.base.config.vocab_size, (B, N), device=shine.device)
+            states = shine.read(ids)
+            total = median(lambda: shine.generate_lora(ids, None), 5, 1, 30)
+            m2p = median(lambda: shine.m2p(states), 5, 1, 10)
+            rows[f"{B} x {N}"] = {"ms": 1000 * total, "reading": median(lambda: shine.read(ids), 5, 1, 20) / total, "M2P": m2p / total,
+                                  "cutting": max(0.0, median(lambda: shine.to_lora(states), 5, 1, 10) - m2p) / total}
+    return rows
+
+
+@torch.no_grad()
+def answering(shine, lengths, new=64, prompt=32):
+    """A question of 32 tokens, 64 new ones: with the LoRA (merged, unmerged, 16 at once), and with texts of these lengths in the prompt."""
+    base, V = shine.base, shine.base.config.vocab_size
+    lora = shine.generate_lora(torch.randint(5, V, (1, 64), device=shine.device), None)
+    many = shine.generate_lora(torch.randint(5, V, (16, 64), device=shine.device), None)
+
+    def timed(ids, with_lora=None):
+        def first():
+            next(base.generate(ids, None, with_lora, new))
+        return {"first token ms": 1000 * median(first, 5, 1, 20),
+                "tokens/s": len(ids) * new / median(lambda: list(base.generate(ids, None, with_lora, new)), 3, 1, 30)}
+    ask = torch.randint(5, V, (1, prompt), device=shine.device)
+    rows = {}
+    if base.model.norm.weight.dtype == torch.float32 or shine.device.type == "cuda":
+        with base.merged(lora):
+            rows["LoRA merged"] = timed(ask)
+    rows["LoRA in every product"] = timed(ask, lora)
+    rows["16 questions, 16 LoRAs"] = timed(ask.expand(16, -1).contiguous(), many)
+    rows["no LoRA"] = timed(ask)
+    for n in lengths:
+        rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device))
+    return rows
+
+
+def cold_start(runs=5):
+    """Seconds of `python shine.py TEXT --ask Q` until the first answer, and what they are spent on."""
+    code = ("import time; t = [time.perf_counter()]; import shine; t.append(time.perf_counter()); s = shine.Shine.load(shine.DEFAULT_MODEL);"
+            "t.append(time.perf_counter()); l = s.generate_lora('Mara keeps a green parrot called Biscuit in the lighthouse.');"
+            "t.append(time.perf_counter()); next(s.conversation(l).stream('Who keeps a parrot?')); t.append(time.perf_counter());"
+            "print([b - a for a, b in zip(t, t[1:])])")
+    parts, total = [], []
+    for _ in range(runs):
+        started = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        total.append(time.perf_counter() - started)
+        parts.append(json.loads(out))
+    names = ("imports s", "loading s", "reading s", "first answer token s")
+    return {name: statistics.median(p[i] for p in parts) for i, name in enumerate(names)} | {"whole process s": statistics.median(total)}
+
+
+def exponent(xs, ys):
+    """The slope of log y over log x: y grows as x to this power."""
+    xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = statistics.mean(xs), statistics.mean(ys)
+    return sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
+
+
+@torch.no_grad()
+def growth(device, dtype):
+    """Exponents of the milliseconds from text to LoRA: over text length, rank, layers."""
+    config, hyper = SIZES["reference"]
+    out = {}
+
+    def ms(config, hyper, N):
+        torch.manual_seed(0)
+        base = LanguageModel(config).to(device, dtype)
+        shine = Shine(base, Ids(), hyper).to(device)
+        ids = torch.randint(5, config.vocab_size, (1, N), device=device)
+        return 1000 * median(lambda: shine.generate_lora(ids, None), 5, 2, 20)
+    for name, values, make in (("text length", (256, 512, 1024, 2048), lambda v: (config, hyper, v)),
+                               ("rank", (4, 8, 16), lambda v: (config, ShineConfig(v, 32, 4), 256)),
+                               ("layers", (4, 8, 16), lambda v: (Config(**{**config.__dict__, "num_hidden_layers": v}), hyper, 256))):
+        times = [ms(*make(v)) for v in values]
+        out[name] = {"values": list(values), "ms": times, "exponent": exponent(values, times)}
+    return out
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--size", nargs="*", default=["shipped", "small", "reference", "qwen3-0.6b"], choices=["shipped", *SIZES])
+    parser.add_argument("--quick", action="store_true", help="short lengths and small batches only")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    args = parser.parse_args(argv)
+    device, dtype, why = pick_device(args.device)
+    rate = matmul_rate(dtype, device)
+    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__,
+              "matmul GFLOP/s": rate / 1e9}
+    lengths = (64, 256) if args.quick else (64, 256, 1024, 4096)
+    for size in args.size:
+        big = size in QWEN3
+        part = result[size] = {}
+        if big:
+            part["training"] = training(size, device, dtype, [(1, 256, 256)], rate) if not args.quick or device.type == "cuda" else {}
+        else:
+            part["base training"] = base_training(size, device, dtype, 16, 256, rate)
+            part["training"] = training(size, device, dtype, [(1, 256, 256), (16, 256, 256)] + [(1, 1024, 1024)] * (size == "reference" and not args.quick), rate)
+        shine = build(size, device, dtype if device.type == "cuda" else torch.float32).eval()
+        part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
+        part["answering"] = answering(shine, lengths[:3] if big else lengths)
+        del shine
+        print(json.dumps({size: part}, indent=1), flush=True)
+    result["cold start"] = cold_start()
+    if not args.quick:
+        result["growth"] = growth(device, dtype)
+    result["peak GiB of this process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(json.dumps({k: v for k, v in result.items() if k not in args.size}, indent=1))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    run(main)
