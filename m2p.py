@@ -41,14 +41,23 @@ def attention_heads(hidden_size):
     return heads
 
 
+class Linear(nn.Linear):
+    """With torch's initial values, but none on the meta device, where they would load torch's compiler (a second)."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class SelfAttention(nn.Module):
     def __init__(self, H, heads):
         super().__init__()
         self.heads = heads
         self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * H, H)), nn.Parameter(torch.zeros(3 * H))
-        self.out_proj = nn.Linear(H, H)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        self.out_proj = Linear(H, H)
+        if not self.in_proj_weight.is_meta:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x):
         """x (..., T, H) -> (..., T, H): bidirectional over the T axis, all axes before it are batch."""
@@ -68,7 +77,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, H, heads):
         super().__init__()
-        self.self_attn, self.linear1, self.linear2 = SelfAttention(H, heads), nn.Linear(H, 2 * H), nn.Linear(2 * H, H)
+        self.self_attn, self.linear1, self.linear2 = SelfAttention(H, heads), Linear(H, 2 * H), Linear(2 * H, H)
         self.norm1, self.norm2 = nn.LayerNorm(H, eps=1e-5), nn.LayerNorm(H, eps=1e-5)
 
     def forward(self, x):

@@ -195,6 +195,23 @@ class FrozenProduct(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- the transformer
+class Linear(nn.Linear):
+    """Without initial values of its own: LanguageModel sets them, and on the meta device torch's would load its compiler (a second)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """The same for the table of tokens."""
+
+    def reset_parameters(self):
+        pass
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -241,8 +258,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = c
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj, self.k_proj = nn.Linear(c.hidden_size, q, bias=False), nn.Linear(c.hidden_size, k, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(c.hidden_size, k, bias=False), nn.Linear(q, c.hidden_size, bias=False)
+        self.q_proj, self.k_proj = Linear(c.hidden_size, q), Linear(c.hidden_size, k)
+        self.v_proj, self.o_proj = Linear(c.hidden_size, k), Linear(q, c.hidden_size)
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, angles, bias, lora, cache=None, layer=0):
@@ -269,9 +286,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x, lora):
         """x (B, T, H) -> (B, T, H)"""
@@ -296,7 +313,7 @@ class Body(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -311,7 +328,7 @@ class LanguageModel(nn.Module):
         self.name = ""                 # of the folder it came from
         self.checkpointing = False     # keep each layer's input only and compute the layer again on the way back
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         generator = torch.Generator().manual_seed(seed)
         if self.model.embed_tokens.weight.is_meta:
             return
