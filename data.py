@@ -215,7 +215,8 @@ class Tokenizer:
             ranks = {spell(token): i for token, i in vocab.items() if token not in special}
             made = [ranks[spell(a) + spell(b)] for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
             ids = [*ranks.values(), *special.values()]
-            if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids) or len(set(ids)) < len(ids) or not all(isinstance(name, str) and name for name in special):
+            named = all(isinstance(name, str) and name for name in special)
+            if not named or len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids):
                 raise ValueError("ids are not whole numbers, each used once, or a token is empty")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a byte-level BPE as Qwen's ({error!r})") from None
@@ -226,21 +227,30 @@ class Tokenizer:
             raise UserError(f"{path} has no token {missing[0]}: the chat format needs it")
         last = max(ids)
         special |= {name: last + 1 + i for i, name in enumerate(TASKS)}
-        template = settings.get("chat_template") or ""
-        template = template if isinstance(template, str) else json.dumps(template)          # some folders have several
-        if (folder / "chat_template.jinja").is_file():
-            template = read_file(folder / "chat_template.jinja")
-        think = "<think>\n\n</think>\n\n" if "<think>" in special and (not template or "enable_thinking" in template) else ""
-        stops, path = [special["<|im_end|>"], special["<|endoftext|>"]], folder / "generation_config.json"
-        if path.is_file():
-            eos = read_json(path).get("eos_token_id")
-            stops = stops if eos is None else eos if isinstance(eos, list) and eos else [eos]
-            if not all(type(i) is int and 0 <= i <= last for i in stops):
-                raise UserError(f"{path}: eos_token_id = {eos!r} is not a token id or a list of them")
+        think = think_block(folder, settings) if "<think>" in special else ""
         try:
-            return cls(ranks, pattern, special, False, normalize, think, stops)
+            return cls(ranks, pattern, special, False, normalize, think, stop_ids(folder, last))
         except ValueError as error:
             raise UserError(f"{folder}/tokenizer.json: the pattern that cuts words cannot be used ({error})") from None
+
+
+def think_block(folder, settings):
+    """What the model expects before its answer with thinking off: an empty block where its chat template knows the switch."""
+    template = settings.get("chat_template") or ""
+    template = template if isinstance(template, str) else json.dumps(template)          # some folders have several
+    if (folder / "chat_template.jinja").is_file():
+        template = read_file(folder / "chat_template.jinja")
+    return "<think>\n\n</think>\n\n" if not template or "enable_thinking" in template else ""
+
+
+def stop_ids(folder, last):
+    """The ids that end an answer by generation_config.json, or None; each is at most `last`."""
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.is_file() else None
+    stops = eos if isinstance(eos, list) and eos else [eos]
+    if eos is not None and not all(type(i) is int and 0 <= i <= last for i in stops):
+        raise UserError(f"{path}: eos_token_id = {eos!r} is not a token id or a list of them")
+    return None if eos is None else stops
 
 
 def halves(ranks, token):

@@ -172,11 +172,11 @@ def product(x, weight):
     for the moment of the product, a part at a time; a single row, a decode step, is rounded to bf16 instead: 4 times as fast."""
     if x.dtype == weight.dtype:
         return F.linear(x, weight)
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        return FrozenProduct.apply(x, weight)
-    if x.numel() == x.shape[-1] and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype)) if weight.requires_grad else FrozenProduct.apply(x, weight)
+    if x.numel() == x.shape[-1] and weight.dtype == torch.bfloat16:
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
-    if weight.numel() > 2 ** 25 and not torch.is_grad_enabled():      # an output matrix: 0.6 GB in float32 for Qwen3-0.6B
+    if weight.numel() > 2 ** 25:      # an output matrix: 0.6 GB in float32 for Qwen3-0.6B
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(16384)], -1)
     return F.linear(x, weight.to(x.dtype))
 

@@ -151,8 +151,9 @@ def load_tokenizer(folder, base):
         raise UserError(f"{folder} has no tokenizer: bpe.json is missing, and so are tokenizer.json and vocab.json "
                         "(without one, shine.py takes token ids: --ids)")
     tokenizer = Tokenizer.load(folder) if (folder / "bpe.json").is_file() else Tokenizer.from_hugging_face(folder)
-    if tokenizer.recon > base.config.vocab_size:
-        raise UserError(f"{folder} has {tokenizer.recon} tokens, more than the {base.config.vocab_size} rows of the model's embedding")
+    size = tokenizer.vocab_size if tokenizer.prefix_space else tokenizer.recon      # ours needs its task tokens, others lack them
+    if size > base.config.vocab_size:
+        raise UserError(f"{folder} has {size} tokens, more than the {base.config.vocab_size} rows of the model's embedding")
     return tokenizer
 
 
@@ -570,6 +571,25 @@ def chat(shine, lora, text, options, say, talk):
             say()
 
 
+def check_flags(args):
+    """Refuse flags that contradict each other or would be ignored."""
+    content = [args.text, args.file, args.load, *args.ask, args.chat or None, args.save, args.inspect or None, args.export_peft, args.merge_into]
+    for wrong, complaint in (
+            (args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1,
+             "--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1"),
+            (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "out", "save", "export_peft", "merge_into", "logits")),
+             "a path is empty"),
+            (args.model and (args.base or args.hypernet), "--model DIR holds both parts: give it, or --base DIR and --hypernet DIR"),
+            (args.hypernet and not args.base, "--hypernet needs the language model it was made for: --base DIR"),
+            (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
+            (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
+            (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
+            (args.logits and not args.ask, "--logits keeps the logits of questions: it needs --ask"),
+            ((args.scale or args.m2p_heads) and not (args.hypernet or args.convert), "--scale and --m2p-heads describe published files: --hypernet DIR")):
+        if wrong:
+            raise UserError(complaint)
+
+
 def main(argv=None):
     parser = Parser(description="Turn a text into LoRA parameters in one forward pass and talk about it.")
     add = parser.add_argument
@@ -599,22 +619,8 @@ def main(argv=None):
     add("--max-new-tokens", type=int, default=64, help="longest answer")
     add("--seed", type=int, default=0, help="of sampling")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
-        raise UserError("--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
+    check_flags(args)
     device, dtype, _ = pick_device(args.device)
-    content = [args.text, args.file, args.load, *args.ask, args.chat or None, args.save, args.inspect or None, args.export_peft, args.merge_into]
-    for wrong, complaint in (
-            (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "out", "save", "export_peft", "merge_into", "logits")),
-             "a path is empty"),
-            (args.model and (args.base or args.hypernet), "--model DIR holds both parts: give it, or --base DIR and --hypernet DIR"),
-            (args.hypernet and not args.base, "--hypernet needs the language model it was made for: --base DIR"),
-            (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
-            (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
-            (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
-            (args.logits and not args.ask, "--logits keeps the logits of questions: it needs --ask"),
-            ((args.scale or args.m2p_heads) and not (args.hypernet or args.convert), "--scale and --m2p-heads describe published files: --hypernet DIR")):
-        if wrong:
-            raise UserError(complaint)
     if args.convert:
         if holds_hypernet(args.convert) != "published":
             raise UserError(f"{args.convert} holds no published hypernetwork ({', '.join(PUBLISHED)})")

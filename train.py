@@ -311,6 +311,8 @@ def parse(argv):
         if args.base or str(args.preset).startswith("paper"):
             raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages pretrain and finetune; "
                             "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
+        if args.shard:
+            raise UserError("--shard spreads a frozen language model: stages pretrain and finetune")
         args.preset = args.preset or "tiny"
     elif args.preset:
         if (args.stage, args.preset) not in PAPER_STAGES:
@@ -446,7 +448,9 @@ def main(argv=None):
         step_module = nn.parallel.DistributedDataParallel(module, init_sync=not args.shard)      # all ranks start alike: one seed
 
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    here = sum((p.to_local() if args.shard else p).numel() for p in model.model.layers.parameters())
     say(f"{args.stage} on {why}: {sum(p.numel() for p in module.trained().values()):,} parameters train, {frozen:,} frozen"
+        + (f" (of those of layers {here:,} in this process)" if args.shard else "")
         + (f", M = {shine.M} memory tokens, {shine.P * model.config.num_hidden_layers:,} numbers in a LoRA" if shine else ""))
     if rank == 0:
         log.write(json.dumps({"args": vars(args), "machine": why, "torch": torch.__version__}) + "\n")
