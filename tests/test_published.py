@@ -344,8 +344,12 @@ def test_checkpointing_changes_memory_and_not_the_gradients(qwen):
         base = LanguageModel.load(qwen, dtype=torch.float32)
         shine = Shine(base, Tokenizer.from_hugging_face(qwen), ShineConfig(r=2, meta_r=3, m2p_layers=2))
         base.checkpointing = shine.m2p.checkpointing = on
+        passes = {"language model": 0, "M2P": 0}
+        for name, layer in (("language model", base.model.layers[0]), ("M2P", shine.m2p.transformer_layers[0])):
+            layer.register_forward_pre_hook(lambda *_, name=name: passes.update({name: passes[name] + 1}))
         batch = collate([Examples("finetune", shine.tokenizer, 200, 300, max_facts=1)(i) for i in range(2)], shine.tokenizer)
         shine(batch).backward()
+        assert passes == {"language model": 4 if on else 2, "M2P": 2 if on else 1}      # each once more on the way back
         results.append({n: p.grad for n, p in shine.trained().items()})
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
