@@ -20,6 +20,7 @@ import base64
 import heapq
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -384,11 +385,17 @@ def held_out(line):
     return zlib.crc32(line.encode()) % 8 == 0
 
 
+def closed(lines):
+    """Whether a word list has a held-out part: short lists (days, colors) and verbs (base|past) serve both splits."""
+    return len(lines) >= 60 and "|" not in lines[0]
+
+
 def read_lines(path):
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
 
 
 SLOT = re.compile(r"\{(\w)('s|\.\w+|\^)?\}")
+OWNED = re.compile(r"(\w+(?: old)? \w+) (\{\w's\} [^{}]+?)( called)?\?")       # "What is {A's} sister called?": may be asked "And her sister?"
 CAST = {"person", "pet", "town"}
 CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because|since|before|after|as|if|though|although|so|or|until|is|was|does|did|has|can|will))\s*$", re.I)
 
@@ -404,7 +411,7 @@ class Frame:
         self.slots = dict(pair.split("=") for pair in match[2].split())
         self.cast = [s for s, t in self.slots.items() if t in CAST]
         self.values = [s for s, t in self.slots.items() if t not in CAST]
-        self.facts = max(1, len(self.slots) - 1)                      # values tied to a subject
+        self.facts = max(1, sum(not t.startswith("act_") for t in self.slots.values()) - 1)      # values tied to a subject, no verbs
         self.statements, self.questions, self.checks = [], [], []     # [line], [(line, answer)], [line]
 
     def add(self, line, where):
@@ -478,11 +485,12 @@ class Source:
 
     def __init__(self, split="train", max_facts=8, folder=ASSETS):
         assert split in ("train", "heldout"), split
-        words, self.frames = load_assets(folder)
+        words, frames = load_assets(folder)
+        self.frames = [f for f in frames for _ in range(3 if f.topic.startswith("act") else 1)]       # the general ones more often
         self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
         for kind, lines in words.items():
-            part = [w for w in lines if held_out(w) == (split == "heldout")] if len(lines) >= 60 else lines
+            part = [w for w in lines if held_out(w) == (split == "heldout")] if closed(lines) else lines
             self.words[kind] = part or lines
         self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
                         "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
@@ -507,14 +515,14 @@ class Source:
     def let_wild(self, tokenizer, share):
         """Draw a share of the values from the tokenizer's whole words instead of their list: what a value is then says nothing
         about the word it is, and the hypernetwork must copy tokens it never met in that place. Held-out words stay out."""
-        spared = {w for kind, lines in load_assets()[0].items() if len(lines) >= 60 for line in lines if held_out(line) for w in line.lower().split()}
+        spared = {w for kind, lines in load_assets()[0].items() if closed(lines) for line in lines if held_out(line) for w in line.lower().split()}
         words = (token[1:].decode() for token in tokenizer.ranks if re.fullmatch(rb" [A-Za-z]+", token))
         self.wild, self.wild_share = sorted({w.lower() for w in words if re.fullmatch("[A-Za-z][a-z]{2,}", w)} - spared), share
 
     def fresh(self, kind, rng, used):
         for _ in range(20):
             value = self.value(kind, rng)
-            if self.wild and len(self.words[kind]) >= 60 and rng.random() < self.wild_share:
+            if self.wild and closed(load_assets()[0][kind]) and rng.random() < self.wild_share:
                 word = rng.choice(self.wild)
                 value = word[:1].upper() + word[1:] if value[:1].isupper() else word
             if value.lower() not in used:
@@ -566,6 +574,7 @@ class Source:
             nonlocal pronoun_for
             value, form = values[match[1]], match[2] or ""
             if not isinstance(value, Character):
+                value = value.split("|")[form == ".ed"] if "|" in value else value
                 return value[:1].upper() + value[1:] if form == "^" else value
             if value is pronoun_for and form in value.pronoun:
                 pronoun_for = None
@@ -612,6 +621,9 @@ class Source:
                 values, answer = values | {slots[-1]: self.fresh(fact.frame.slots[slots[-1]], rng, used)}, "no"
         slots = [m[0] for m in SLOT.finditer(line)]
         hero = fact.hero
+        if owned(before, item) and rng.random() < 0.6:
+            owner = hero if hero.gender in "fm" and rng.random() < 0.7 else None
+            return rng.choice(("And {}?", "and {}?", "What about {}?")).format(self.fill(OWNED.match(line)[2], values, owner, answer=True)), answer
         if before and before[0] == line and before[2] is not fact and hero and hero.gender != "I" and len(slots) == 1 and rng.random() < 0.6:
             return rng.choice(("And {}?", "What about {}?", "How about {}?", "and {}?")).format(self.fill(slots[0], values).rstrip(".")), answer
         alone = len(cast["person"]) == 1 and rng.random() < 0.15
@@ -640,8 +652,11 @@ class Source:
                [fact.hero for fact in facts if fact.hero and fact.hero.kind == kind and fact.hero not in aside]
         return self.fill(rng.choice(self.phrasings(lines)), {frame.cast[0]: rng.choice(free)}) if free else None
 
-    def sample(self, rng, n_facts=None, n_turns=None):
-        """One text with a conversation: {"context", "conversations", "meta": {"facts", "turns": [kind]}}."""
+    def sample(self, rng, n_facts=None, n_turns=None, others=0):
+        """One text with a conversation: {"context", "conversations", "meta": {"facts", "turns": [kind]}}.
+
+        others: so many more conversations about the same text under the key "others".
+        """
         while True:
             used, taken, facts = set(), set(), []
             cast = self.make_cast(rng, used)
@@ -660,37 +675,49 @@ class Source:
             if items:
                 break
         context = self.text(facts, rng)
+        turns, kinds = self.converse(facts, items, rng, cast, used, n_turns or rng.randint(1, 8))
+        sample = {"context": context, "conversations": turns, "meta": {"facts": sum(fact.frame.facts for fact in facts), "turns": kinds}}
+        if others:
+            sample["others"] = [self.converse(facts, items, rng, cast, used, rng.randint(3, 8))[0] for _ in range(others)]
+        return sample
+
+    def converse(self, facts, items, rng, cast, used, n_turns):
+        """Up to n_turns questions with answers -> ([{"role", "content"}], [kind of each question])."""
         turns, kinds, before = [], [], None
         checks, items = [q for q in items if q[3]], [q for q in items if not q[3]]
-        for _ in range(n_turns or rng.randint(1, 8)):
+        for _ in range(n_turns):
             dice = rng.random()
-            if dice < 0.08 and (question := self.unanswerable(facts, rng, used)):
+            if dice < 0.08 and (question := next(filter(None, (self.unanswerable(facts, rng, used) for _ in range(6))), None)):
                 kind, answer, item = "unknown", UNKNOWN, None
-            elif dice < 0.11:
+            elif 0.08 <= dice < 0.11:
                 kind, item = "small talk", None
                 question, answer = rng.choice(small_talk())
-            elif dice < 0.13 and any(f.hero for f in facts):
+            elif 0.11 <= dice < 0.13 and any(f.hero for f in facts):
                 kind, item = "about", None
                 names = list(dict.fromkeys(f.hero.forms["answer"] for f in facts if f.hero))
                 question = rng.choice(("Who or what is the text about?", "What is the text about?", "What is it about?"))
                 answer = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-            elif dice < 0.19 and checks:
+            elif 0.13 <= dice < 0.20 and checks:
                 kind, item = "yes or no", rng.choice(checks)
                 question, answer = self.ask(item, rng, cast, before, used)
             elif items:
-                follow = [q for q in items if before and q[0] == before[0] and q[2] is not before[2]]
+                follow = [q for q in items if before and (q[0] == before[0] and q[2] is not before[2] or owned(before, q))]
                 item = rng.choice(follow) if follow and rng.random() < 0.6 else rng.choice(items)
                 items.remove(item)
                 kind = "fact"
                 question, answer = self.ask(item, rng, cast, before, used)
             else:
                 break
-            before = item or before
-            if item is None and kind == "unknown":
-                before = None
+            before = None if kind == "unknown" else item or before
             turns += [{"role": "user", "content": casual(question, rng)}, {"role": "assistant", "content": answer}]
             kinds.append(kind)
-        return {"context": context, "conversations": turns, "meta": {"facts": sum(fact.frame.facts for fact in facts), "turns": kinds}}
+        return turns, kinds
+
+
+def owned(before, item):
+    """Whether two questions in turn ask for two things of one owner in the same words: then the second may name the thing only."""
+    first, second = (q and OWNED.fullmatch(q[0]) for q in (before, item))
+    return bool(first and second and before[2].hero is item[2].hero and first[2] != second[2] and first.group(1, 3) == second.group(1, 3))
 
 
 def mend(text, sentence=True):
@@ -776,6 +803,22 @@ def read_conversations(path, strict=False, say=lambda line: print(line, file=sys
     return records
 
 
+def excerpt(context, pairs, size, rng):
+    """Some sentences in a row of a text that is longer than `size` characters, and the (question, answer) pairs whose answers
+    stand in them word for word. A short text comes back whole, and so does one where ten tries find no question."""
+    if len(context) <= size:
+        return context, pairs
+    sentences = re.split(r"(?<=[.!?]) +|\n+", context)
+    for _ in range(10):
+        first = last = rng.randrange(len(sentences))
+        while last < len(sentences) and sum(map(len, sentences[first:last + 1])) <= size:
+            last += 1
+        piece = " ".join(sentences[first:last])
+        if kept := [pair for pair in pairs if pair[1][1].rstrip(".").lower() in piece.lower()]:
+            return piece, kept
+    return context, pairs
+
+
 # ---------------------------------------------------------------------------- examples and batches
 class Examples:
     """Examples of a stage, each a pure function of (seed, index): a run can go on anywhere.
@@ -788,7 +831,7 @@ class Examples:
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
-                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4):
+                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -798,6 +841,8 @@ class Examples:
         if wild_share:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
+        self.random_share = random_share          # share of passages that are tokens in random order
+        self.recall_share = recall_share          # share of question examples whose last turn asks for the whole text
         self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
@@ -812,8 +857,11 @@ class Examples:
         raise UserError(f"1,000 examples in a row are longer than --context-length {self.context_length} and "
                         f"--conversation-length {self.conversation_length} allow: raise them")
 
-    def passage(self, rng, low=6, high=90):
-        """A run of words of a real document that ends with a sentence, or a generated text."""
+    def passage(self, rng, low=6, high=90, plain=False):
+        """A run of words of a real document that ends with a sentence, a generated text, or (not if plain) random tokens."""
+        if not plain and rng.random() < self.random_share:      # so that every token is met, and copied where nothing foretells it
+            words = (self.tokenizer.decode([rng.randrange(self.tokenizer.end)]).strip() for _ in range(rng.randint(2, 24)))
+            return " ".join(w if w and w.isprintable() and "\ufffd" not in w else "," for w in words)
         if rng.random() >= self.text_share:
             return self.source.sample(rng, rng.choice((1, 1, 2, 2, 3, 4, 6)), 1)["context"]
         document = rng.choice(self.texts)
@@ -828,11 +876,11 @@ class Examples:
         if rng.random() < self.record_share:
             record = rng.choice(rng.choice(self.records))
             turns = [(t["role"], t["content"]) for t in record["conversations"]]
-            pairs = [turns[i:i + 2] for i in range(0, len(turns), 2)]
+            context, pairs = excerpt(record["context"], [turns[i:i + 2] for i in range(0, len(turns), 2)], 3 * self.context_length, rng)
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
-            return record["context"], [turn for pair in pairs for turn in pair]
-        sample = self.source.sample(rng, n_turns=None if self.stage == "base" else 1 if rng.random() < 0.05 else rng.randint(3, 10))
+            return context, [turn for pair in pairs for turn in pair]
+        sample = self.source.sample(rng, n_turns=1 if rng.random() < 0.1 else rng.randint(3, 10))
         return sample["context"], [(t["role"], t["content"]) for t in sample["conversations"]]
 
     def base(self, rng):
@@ -842,7 +890,7 @@ class Examples:
             context, turns = (reconstruction if rng.random() < 0.85 else completion)(tok, [self.passage(rng)], rng)
             return None, *render(tok, turns, context, context_weight=text_weight)
         if dice < self.copy_share + self.plain_share:         # plain text
-            ids = [tok.end, *tok.encode(self.passage(rng, 60, 200)), tok.end]
+            ids = [tok.end, *tok.encode(self.passage(rng, 60, 200, plain=True)), tok.end]
             return None, ids, [0.0] + [0.1] * (len(ids) - 1)
         context, turns = self.record(rng)
         if rng.random() < 0.06:                               # the same questions without a text
@@ -866,17 +914,16 @@ class Examples:
 
     def finetune(self, rng):
         context, turns = self.record(rng)
-        return self.tokenizer.encode(context), *render(self.tokenizer, turns)
+        ids, weights = render(self.tokenizer, turns)
+        if rng.random() < self.recall_share:      # its many tokens count less, or the answers would be drowned
+            more, counted = render(self.tokenizer, [("user", [self.tokenizer.recon]), ("assistant", context)])
+            ids, weights = ids + more, weights + [0.3 * w for w in counted]
+        return self.tokenizer.encode(context), ids, weights
 
 
-def pad(rows, value, multiple=32):
-    """Lists of different lengths -> (B, T) tensor, padded on the right to a multiple, and its mask.
-
-    Long rows are padded to twice the multiple: few shapes, few compilations.
-    """
-    length = max(map(len, rows))
-    multiple *= 2 if multiple > 1 and length > 4 * multiple else 1
-    length = -(-length // multiple) * multiple
+def pad(rows, value, multiple=8):
+    """Lists of different lengths -> (B, T) tensor, padded on the right to a multiple, and its mask."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
     return ids, mask
@@ -894,18 +941,21 @@ def collate(examples, tokenizer):
     return batch
 
 
-def batches(examples, batch_size, start=0, rank=0, world=1, pool=16):
+def batches(examples, batch_size, start=0, rank=0, world=1, pool=128):
     """Endless batches from number `start` on; of each global batch this rank takes its part.
 
-    Examples are made in pools of `pool` batches and sorted by length inside one, so that little is padding.
+    Examples are made in pools of `pool` batches. Inside one they are sorted by the length of the context, cut into sqrt(pool)
+    parts, and each part is sorted by the length of the conversation, so that little of a batch is padding in either.
     """
     number = start
     while True:
         first = number // pool * pool
         rng = random.Random(first)
-        made = [examples(i) for i in range(first * batch_size * world, (first + pool) * batch_size * world)]
-        made.sort(key=lambda e: (len(e[1]) + len(e[0] or ()), len(e[1])))
-        groups = [made[i:i + batch_size * world] for i in range(0, len(made), batch_size * world)]
+        size = batch_size * world
+        made = sorted((examples(i) for i in range(first * size, (first + pool) * size)), key=lambda e: len(e[0] or ()))
+        part = max(1, math.isqrt(pool)) * size if made[0][0] is not None else len(made)
+        made = [e for i in range(0, len(made), part) for e in sorted(made[i:i + part], key=lambda e: len(e[1]))]
+        groups = [made[i:i + size] for i in range(0, len(made), size)]
         rng.shuffle(groups)
         for group in groups[number - first:]:
             yield collate(group[rank::world], examples.tokenizer)

@@ -321,11 +321,12 @@ class Shine(nn.Module):
         write_file(Path(folder) / "hypernet.safetensors", lambda p: save_file(tensors, p))
 
     @classmethod
-    def load(cls, folder=None, device="cpu", dtype=torch.float32, base=None, tokenizer=None, scale=None, m2p_heads=None):
+    def load(cls, folder=None, device="cpu", dtype=torch.float32, base=None, tokenizer=None, scale=None, m2p_heads=None, adopt=False):
         """Read a hypernetwork folder: ours, or a published one (whose files tell neither scale nor m2p_heads).
 
         base: a language model or its folder, where it is not the same folder. dtype: of all weights; None: as stored.
-        folder None: no hypernetwork, for talking with a saved LoRA.
+        folder None: no hypernetwork, for talking with a saved LoRA. adopt: the hypernetwork may belong to an earlier state of the
+        language model, as a start for training.
         """
         for path in (folder, base):
             if isinstance(path, (str, Path)) and not Path(path).is_dir():
@@ -346,7 +347,7 @@ class Shine(nn.Module):
             raw = read_json(path)
             if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
                 raise UserError(f"{path}: a size is not a number")
-            if raw.get("base") != fingerprint(base):
+            if not adopt and raw.get("base") != fingerprint(base):
                 raise UserError(f"{path} belongs to another language model ({raw.get('base_name') or raw.get('base')}) "
                                 f"than the one in {base_folder}")
             config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})

@@ -52,10 +52,10 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
     "pretrain": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
-COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3)
+COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15)
 SIZES = dict(rank=4, meta_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
-             text_share=1.0, record_share=1.0, wild_share=0.0)                                          # real text only
+             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0)                                          # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
@@ -85,16 +85,17 @@ def f1_score(prediction, accepted):
 
 
 @torch.no_grad()
-def evaluate(base, tokenizer, records, condition, shine=None, batch=50):
+def evaluate(base, tokenizer, records, condition, shine=None, batch=50, make_lora=None):
     """Answer every question of every record greedily, one conversation a record, with the model's own earlier answers.
 
     condition: "in-context" (text in the prompt), "question" (no text), "shine" (generated LoRA, no text).
+    make_lora: records -> LoRA of one row each, in the place of the generated one under any other name of a condition.
     -> [{"record", "turn", "prediction", "em", "f1"}]
     """
     results = []
     for first in range(0, len(records), batch):
         group = records[first:first + batch]
-        lora = shine.generate_lora([r["context"] for r in group]) if condition == "shine" else None
+        lora = make_lora(group) if make_lora else shine.generate_lora([r["context"] for r in group]) if condition == "shine" else None
         histories = [[] for _ in group]
         for turn in range(max(len(r["conversations"]) for r in group) // 2):
             rows = [i for i, r in enumerate(group) if len(r["conversations"]) > 2 * turn]
@@ -262,6 +263,7 @@ def parse(argv):
         help="stage base: size of a new language model (default tiny); else paper, paper-1qa: the paper's settings")
     add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
     add("--base", help="stages pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
+    add("--hypernet", help="stages pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -281,7 +283,9 @@ def parse(argv):
     add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
     add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
     add("--wild-share", type=float, help="share (default 0.3) of generated values that are any word of the tokenizer")
+    add("--random-share", type=float, help="share (default 0.15) of passages to copy that are tokens in random order")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
+    add("--recall-share", type=float, default=0.0, help="stage finetune: share of conversations that end with the whole text (<RECON>)")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
     add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
@@ -357,9 +361,11 @@ def build(args, device, dtype, texts):
     model.compute_dtype, tokenizer = dtype, load_tokenizer(folder, model)
     if args.stage == "pretrain" and tokenizer.comp >= model.config.vocab_size:
         raise UserError(f"{folder}: the embedding has {model.config.vocab_size} rows, none is free for <RECON> and <COMP>")
-    start = Path(args.model or folder)
-    if holds_hypernet(start) and (args.model or args.stage == "finetune"):
-        shine = Shine.load(start, first, base=model, tokenizer=tokenizer, **(
+    start = Path((not args.resume and args.hypernet) or args.model or folder)
+    if args.hypernet and holds_hypernet(start) != "ours":
+        raise UserError(f"--hypernet {start}: no hypernet.json there")
+    if holds_hypernet(start) and (args.model or args.hypernet or args.stage == "finetune"):
+        shine = Shine.load(start, first, base=model, tokenizer=tokenizer, adopt=bool(args.hypernet), **(
             {"scale": args.scale, "m2p_heads": args.m2p_heads} if holds_hypernet(start) == "published" else {}))
         c = shine.config
         for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers)):
@@ -422,7 +428,8 @@ def main(argv=None):
             raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
-                        args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing)
+                        args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
+                        recall_share=args.recall_share)
     heldout = Source("heldout", args.max_facts)
     examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
                                max_facts=args.max_facts, split="heldout", packing=args.packing)
@@ -441,9 +448,8 @@ def main(argv=None):
     state["args"] = vars(args)
     step_module = module
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 256
         for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=True)      # one compilation for all lengths
     if world > 1:
         step_module = nn.parallel.DistributedDataParallel(module, init_sync=not args.shard)      # all ranks start alike: one seed
 

@@ -2,9 +2,16 @@
 
     python -m benchmarks.quality --data FILE.jsonl [--model DIR] [--json OUT]     any set of conversations (see data.py)
     python -m benchmarks.quality --generate 400                                   held-out texts of the procedural source
+    python -m benchmarks.quality --generate 100 --baselines                       and against LoRAs trained by gradient, with costs
 
 Every question is answered greedily, one conversation a text, with the model's own earlier answers in the history. Exact
 match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7)
+
+The baselines train a LoRA of the generated one's rank for each text, by AdamW:
+    sft N         on N conversations about the text (generated texts, or a field "others" in the set), 10 epochs
+    ttt N         N steps of language modelling on the text itself (test-time training)
+    shine+ttt N   the same from the generated LoRA on
+Their learning rates are chosen on other generated texts, which are printed with the result.
 """
 import argparse
 import random
@@ -15,12 +22,132 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Parser, Source, positive, read_conversations, run
-from model import pick_device, write_json
-from shine import DEFAULT_MODEL, Shine
-from train import evaluate, token_accuracy
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import Parser, Source, collate, positive, read_conversations, render, run
+from model import cut, flatten, lora_layout, pick_device, write_json
+from shine import DEFAULT_MODEL, LoRA, Shine
+from train import Peak, evaluate, token_accuracy
 
 CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
+SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+# ---------------------------------------------------------------------------- LoRAs trained by gradient
+def plain_start(shine, rows, seed=0):
+    """A LoRA's usual start, flat (rows, L, P): A uniform within 1 / sqrt(in), B zero."""
+    c, r, generator = shine.base.config, shine.config.r, torch.Generator().manual_seed(seed)
+    parts = []
+    for _, n_in, n_out in lora_layout(c):
+        parts += [(torch.rand(c.num_hidden_layers, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(c.num_hidden_layers, r * n_out)]
+    return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
+
+
+def fit(shine, start, examples, steps, lr):
+    """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
+
+    examples: for each text a list of (ids, weights), of which each step takes the next one.
+    """
+    flat, r, c = start.clone().requires_grad_(), shine.config.r, shine.base.config
+    optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
+    for step in range(1, steps + 1):
+        batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
+        batch["weights"] /= batch["weights"].sum(1, keepdim=True)              # the mean of each row; the rows are added
+        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, cut(flat, c, r), total=1.0).backward()
+        norm = flat.grad.flatten(1).norm(dim=1)[:, None, None]                 # each row's own gradient is clipped at 1
+        flat.grad.mul_((1 / norm.clamp(min=1e-12)).clamp(max=1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step, flat.detach()
+
+
+def conversation_rows(shine, record, count):
+    """[(ids, weights)] of `count` conversations about the text, which stand in record["others"]."""
+    return [render(shine.tokenizer, [(t["role"], t["content"]) for t in turns]) for turns in record["others"][:count]]
+
+
+def text_rows(shine, record):
+    """[(ids, weights)]: the text as plain language modelling."""
+    ids = [shine.tokenizer.end, *shine.encode_context(record["context"])[0], shine.tokenizer.end]
+    return [(ids, [0.0] + [1.0] * (len(ids) - 1))]
+
+
+def trained(shine, records, kind, rates, group=50):
+    """{condition: flat LoRAs (rows, L, P)} of one kind ("sft", "ttt", "shine+ttt"), trained here group by group."""
+    out = {}
+    counts = SFT if kind == "sft" else (max(TTT),)
+    for count in counts:
+        if kind == "sft" and any(len(r.get("others", ())) < count for r in records):
+            continue
+        for first in range(0, len(records), group):
+            part = records[first:first + group]
+            rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
+            start = flatten(shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
+            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind]):
+                if kind != "sft" and step in TTT:
+                    out.setdefault(f"{kind} {step}", []).append(flat.clone())
+            if kind == "sft":
+                out.setdefault(f"sft {count}", []).append(flat)
+    return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def score(shine, records, flat):
+    """Rows of train.evaluate for one trained LoRA a record."""
+    place = {id(r): i for i, r in enumerate(records)}
+    make = lambda group: LoRA(cut(flat[[place[id(r)] for r in group]], shine.base.config, shine.config.r), shine.config.r)
+    return evaluate(shine.base, shine.tokenizer, records, "trained", make_lora=make)
+
+
+def choose_rates(shine, records):
+    """The learning rate of each kind with the best F1 on other texts -> ({kind: lr}, {kind: {lr: F1}})."""
+    tried = {}
+    for kind, last in (("sft", f"sft {max(SFT)}"), ("ttt", "ttt 30"), ("shine+ttt", "shine+ttt 30")):
+        for lr in RATES:
+            rows = score(shine, records, trained(shine, records, kind, {kind: lr})[last])
+            tried.setdefault(kind, {})[lr] = round(100 * sum(r["f1"] for r in rows) / len(rows), 1)
+    return {kind: max(f1, key=f1.get) for kind, f1 in tried.items()}, tried
+
+
+def costs(shine, records, rates):
+    """What a condition costs for one text and its first question, medians over records, one at a time (paper, section 7)."""
+    def sft(count):
+        return lambda r: [f for _, f in fit(shine, plain_start(shine, 1), [conversation_rows(shine, r, count)], EPOCHS * count, rates["sft"])][-1]
+
+    def ttt(start):
+        return lambda r: [f for _, f in fit(shine, start(r), [text_rows(shine, r)], 30, rates["ttt"])][-1]
+
+    generated = lambda r: flatten(shine.generate_lora(r["context"]))
+    ways = {"shine": generated, "in-context": None, "question": None, "ttt 30": ttt(lambda r: plain_start(shine, 1)), "shine+ttt 30": ttt(generated)}
+    ways |= {f"sft {n}": sft(n) for n in SFT if all(len(r.get("others", ())) >= n for r in records)}
+    table = {}
+    for name, prepare in ways.items():
+        rows = []
+        for r in records:
+            started = time.perf_counter()
+            lora = cut(prepare(r), shine.base.config, shine.config.r) if prepare else None
+            seconds = time.perf_counter() - started
+            talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
+            ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
+            times = [time.perf_counter()]
+            for _ in shine.base.generate(ids, None, lora, 16):
+                times.append(time.perf_counter())
+            with FlopCounterMode(display=False) as first, torch.no_grad():
+                shine.base.hidden(ids, None, lora)
+            row = {"prepare s": seconds, "first token s": times[1] - times[0], "tokens/s": 15 / (times[-1] - times[1]), "prompt tokens": ids.shape[1],
+                   "GFLOP of the prompt": first.get_total_flops() / 1e9, "GFLOP to prepare": 0.0, "MiB to prepare": 0.0}
+            if prepare:
+                with FlopCounterMode(display=False) as counter:
+                    prepare(r)
+                with Peak(shine) as live:
+                    prepare(r)
+                row |= {"GFLOP to prepare": counter.get_total_flops() / 1e9, "MiB to prepare": live.peak / 2 ** 20}
+            rows.append(row)
+        table[name] = {k: float(f"{np.median([row[k] for row in rows]):.4g}") for k in rows[0]}
+    return table
+
+
+# ---------------------------------------------------------------------------- scoring
 
 
 def interval(rows, key, draws=1000):
@@ -49,12 +176,13 @@ def groups(records, rows):
     return out
 
 
-def measure(shine, records, conditions=CONDITIONS):
-    """-> {"conditions": {condition: {"em", "f1", "seconds", "groups"}}, "answers": [...]}"""
+def measure(shine, records, rates=None):
+    """-> {"conditions": {condition: {"em", "f1", "seconds", "groups"}}, "answers": [...]}; with rates the baselines too."""
     result, answers = {}, [{"context": r["context"], "turns": []} for r in records]
-    for condition in conditions:
+    flats = {name: flat for kind in rates or () for name, flat in trained(shine, records, kind, rates).items()}
+    for condition in [*CONDITIONS, *flats]:
         started = time.perf_counter()
-        rows = evaluate(shine.base, shine.tokenizer, records, condition, shine)
+        rows = score(shine, records, flats[condition]) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
         seconds = time.perf_counter() - started
         result[condition] = {"em": interval(rows, "em"), "f1": interval(rows, "f1"), "seconds": round(seconds, 1),
                              "groups": {name: {"em": interval(part, "em"), "f1": interval(part, "f1")["mean"]}
@@ -68,8 +196,15 @@ def measure(shine, records, conditions=CONDITIONS):
     return {"conditions": result, "answers": answers}
 
 
+def by_condition(result):
+    """Markdown: one row a condition."""
+    show = lambda v: f"{v['mean']:.1f} ({v['low']:.0f}-{v['high']:.0f})"
+    return "\n".join(["| | EM | F1 |", "|---|---|---|"] + [f"| {CONDITIONS.get(name, name)} | {show(r['em'])} | {show(r['f1'])} |" for name, r in result.items()])
+
+
 def table(result):
-    """Markdown: one row a condition, then one a group."""
+    """Markdown: one row a group of questions, for the three conditions of the paper's figure."""
+    result = {name: r for name, r in result.items() if name in CONDITIONS}
     lines = ["| | " + " | ".join(f"{CONDITIONS[c]}: EM" for c in result) + " | " + " | ".join(f"{CONDITIONS[c]}: F1" for c in result)
              + " | questions |", "|---" * (2 * len(result) + 2) + "|"]
     for name in next(iter(result.values()))["groups"]:
@@ -87,6 +222,7 @@ def main(argv=None):
     add("--split", choices=("heldout", "train"), default="heldout", help="with --generate: words never used in training, or those used")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
+    add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
     add("--limit", type=positive(int), help="at most so many texts of the set")
     add("--model", default=str(DEFAULT_MODEL))
     add("--json", metavar="OUT", help="write everything measured")
@@ -103,15 +239,21 @@ def main(argv=None):
         records = read_conversations(args.data)[:args.limit]
     else:
         source = Source(args.split)
-        records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns) for i in range(args.generate)]
+        records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, max(SFT) if args.baselines else 0)
+                   for i in range(args.generate)]
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
-    result = measure(shine, records)
+    rates, extra = None, {}
+    if args.baselines:
+        rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=max(SFT)) for i in range(24)])
+        extra = {"learning rates": rates, "F1 by learning rate, 24 other texts": tried, "costs": costs(shine, records[:7], rates)}
+    result = measure(shine, records, rates)
     answers = result.pop("answers")
+    result |= extra
     result |= {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}", "model": Path(args.model).name, "machine": why,
                "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if args.generate:
         result["reconstruction token accuracy"] = round(100 * token_accuracy(shine, [r["context"] for r in records[:200]]), 2)
-    print(table(result["conditions"]))
+    print(by_condition(result["conditions"]) + "\n\n" + table(result["conditions"]))
     print("\n" + "\n".join(f"{k}: {v}" for k, v in result.items() if k != "conditions"))
     if args.json:
         write_json(args.json, result)

@@ -129,6 +129,39 @@ def test_bad_frames_are_named(tmp_path, line):
         load_assets(tmp_path)
 
 
+def test_verbs_have_two_forms_and_serve_both_splits():
+    source = Source("heldout")
+    assert source.words["act_thing"] == load_assets()[0]["act_thing"] and all("|" in v for v in source.words["act_thing"])
+    values = {"A": data.Character("person", "Mara", "f"), "v": "bring|brought"}
+    assert source.fill("{A} {v.ed} it. What did {A} {v}?", values) == "Mara brought it. What did Mara bring?"
+    assert Frame("[x.y] A=person v=act_thing t=thing p=place", "here").facts == 2                 # a verb is no value
+
+
+def test_a_second_question_about_the_same_owner_may_name_the_thing_only():
+    """"What is Mara's surname?", then "And her job?"; never after a question of another form or about somebody else."""
+    mara, tom = (data.Character("person", name, "f") for name in ("Mara", "Zoe"))
+    fact = lambda who, line: (line, "x", data.Fact(Frame("[x.y] A=person", "here"), {"A": who}, "{A}"), False)
+    first, second = fact(mara, "What is {A's} surname?"), fact(mara, "What is {A's} job?")
+    assert data.owned(first, second) and not data.owned(None, second) and not data.owned(second, second)
+    assert not data.owned(first, fact(tom, "What is {A's} job?")) and not data.owned(first, fact(mara, "Who is {A's} sister?"))
+    asked = {Source().ask(second, random.Random(i), {"person": [mara]}, first, set())[0] for i in range(40)}
+    assert {"And her job?", "And Mara's job?"} <= asked
+
+
+def test_a_long_real_text_is_cut_to_sentences_that_answer():
+    sentences = [f"Number {i} is the word {w}." for i, w in enumerate("ape bat cat dog elk fox gnu hen ibex jay".split())]
+    pairs = [[("user", f"{w}?"), ("assistant", w)] for w in ("bat", "hen")]
+    for i in range(20):
+        piece, kept = data.excerpt(" ".join(sentences), pairs, 80, random.Random(i))
+        assert len(piece) <= 80 and kept and all(answer[1] in piece for _, answer in kept) and piece in " ".join(sentences)
+    assert data.excerpt("Short. Text.", pairs, 80, random.Random(0)) == ("Short. Text.", pairs)
+
+
+def test_more_conversations_about_the_same_text():
+    plain, more = (Source().sample(random.Random(5), others=n) for n in (0, 3))
+    assert {k: more[k] for k in plain} == plain and len(more["others"]) == 3 and "others" not in plain
+
+
 def test_small_talk_has_replies():
     assert len(small_talk()) > 20 and all(len(pair) == 2 for pair in small_talk())
 
@@ -143,6 +176,15 @@ def test_examples_are_functions_of_seed_and_index_and_fit(tokenizer):
             assert (context, ids, weights) == b(i) and len(ids) == len(weights) and any(weights)
             assert (context is None) == (stage == "base") and (context is None or len(context) <= 400)
         assert a(0) != make(2)(0)
+
+
+def test_random_passages_and_the_last_turn_that_asks_for_the_text(tokenizer):
+    plain, recall = (Examples("finetune", tokenizer, 400, 900, max_facts=2, random_share=1.0, recall_share=share) for share in (0.0, 1.0))
+    context, ids, weights = plain(0)
+    _, longer, more = recall(0)
+    assert longer[:len(ids)] == ids and more[:len(ids)] == weights and tokenizer.recon not in ids
+    assert longer[len(ids):].count(tokenizer.recon) == 1 and 0 < sum(more) - sum(weights) < len(context)
+    assert len(plain.passage(random.Random(0)).split()) >= 2 and plain.passage(random.Random(0)) != plain.passage(random.Random(0), plain=True)
 
 
 def test_batches_pad_mask_and_resume(tokenizer):

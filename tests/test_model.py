@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import close
-from model import (PRESETS, Config, KVCache, LanguageModel, UserError, cut, flatten, linear, lora_layout, lora_size,
+from model import (PRESETS, Config, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout, lora_size,
                    map_lora, pick)
 from train import save_base
 
@@ -41,6 +41,22 @@ def test_linear_by_hand():
     x = torch.tensor([[[1.0, 10.0]]])
     y = linear(x, 2 * torch.eye(2), (torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0, 3.0]])))
     assert y.tolist() == [[[2.0, 23.0]]]
+
+
+def test_the_norm_with_its_gradient_by_hand_is_the_plain_one():
+    """Against autograd through the formula that inference uses; a norm with weights off 1 and rows of very different size."""
+    norm = RMSNorm(12, 1e-6)
+    norm.weight.data += 0.3 * torch.randn(12, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    plain = lambda z: z * (z.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+    grad = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2))
+    ours, theirs = norm(a), plain(b)
+    assert ours.grad_fn.name() == "TrainedNormBackward"
+    (dx, dw), (ex, ew) = (torch.autograd.grad(y, (z, norm.weight), grad) for y, z in ((ours, a), (theirs, b)))
+    with torch.no_grad():
+        assert close(norm(x), theirs)
+    assert close(ours, theirs) and close(dw, ew) and all(close(p, q) for p, q in zip(dx, ex))
 
 
 def test_two_rows_with_two_loras_are_two_runs(base, ids):

@@ -104,6 +104,18 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
 
 
+def test_a_hypernetwork_made_for_an_earlier_base_is_a_start_on_request(folder, tmp_path):
+    more = ["--model", str(folder / "base"), "--steps", "1", "--conversation-length", "300"] + BASE[4:]
+    train.main(["--stage", "base", "--model", str(folder / "base"), "--steps", "1", "--out", str(tmp_path / "base")] + BASE[4:])
+    moved = [str(tmp_path / "base") if a == str(folder / "base") else a for a in more]
+    train.main(["--stage", "finetune", "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "on")] + moved)
+    assert Shine.load(tmp_path / "on").config.r == 2               # rank 2 is the old one's; its base is the new one
+    with pytest.raises(UserError, match="belongs to another language model"):
+        Shine.load(folder / "pre", base=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="no hypernet.json"):
+        train.main(["--stage", "finetune", "--hypernet", str(folder / "base"), "--out", str(tmp_path / "no")] + moved)
+
+
 def test_a_loss_that_is_not_finite_skips_the_step_and_then_stops_the_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Base, "forward", lambda self, batch, total=None: self.model.loss(batch, total=total) * float("nan"))
     with pytest.raises(UserError, match="lower --lr"):
