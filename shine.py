@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -237,9 +237,24 @@ class Shine(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         # zero (the published start) meets RMSNorm with a gradient of 1e5; small and random does not
         self.memory.data.normal_(0, 0.02, generator=generator)
-        for layer in cut(self.meta_lora.data, c, config.meta_r):                             # A normal times sqrt(scale), B zero
+        self.meta_lora.data = self.new_meta_lora(config.meta_r, generator)
+
+    def new_meta_lora(self, meta_r, generator):
+        """Flat (L, P) at its start: A normal times sqrt(scale), B zero (section 6)."""
+        flat = torch.zeros(self.base.config.num_hidden_layers, lora_size(self.base.config, meta_r))
+        for layer in cut(flat, self.base.config, meta_r):
             for A, _ in layer.values():
-                A.normal_(0, math.sqrt(config.scale), generator=generator)
+                A.normal_(0, math.sqrt(self.config.scale), generator=generator)
+        return flat
+
+    def grow_meta_lora(self, meta_r, seed=0):
+        """Give the meta LoRA a larger rank; it computes the same, since the new rows of B are zero."""
+        c, old_r = self.base.config, self.config.meta_r
+        flat = self.new_meta_lora(meta_r, torch.Generator().manual_seed(seed))
+        for new, old in zip(cut(flat, c, meta_r), cut(self.meta_lora.data, c, old_r)):
+            for name, (A, B) in new.items():
+                A[:, :old_r], B[:old_r] = old[name]
+        self.meta_lora, self.config = nn.Parameter(flat.to(self.meta_lora)), replace(self.config, meta_r=meta_r)
 
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""

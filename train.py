@@ -49,12 +49,12 @@ from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hyperne
 
 STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
-    "pretrain": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
-    "finetune": dict(lr=1e-3, muon_lr=0.0, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "pretrain": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
 COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15)
-SIZES = dict(rank=4, meta_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
-PAPER = dict(batch=1, accumulate=4, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
+SIZES = dict(rank=4, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
+PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0)                                          # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
@@ -176,8 +176,8 @@ def round_by_chance(x):
 def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False):
     """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
 
-    With a muon_lr the matrices of transformer layers are Muon's (for the base ahead of AdamW at equal samples, for the M2P
-    not: benchmarks/RUNS.md), AdamW has the rest; weight decay on matrices only.
+    With a muon_lr the matrices of transformer layers are Muon's (ahead of AdamW at equal samples: benchmarks/RUNS.md), AdamW
+    has the rest; weight decay on matrices only.
     """
     trained = module.trained()
     matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
@@ -293,7 +293,7 @@ def parse(argv):
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 4)")
-    add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 8)")
+    add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
@@ -368,6 +368,9 @@ def build(args, device, dtype, texts):
         shine = Shine.load(start, first, base=model, tokenizer=tokenizer, adopt=bool(args.hypernet), **(
             {"scale": args.scale, "m2p_heads": args.m2p_heads} if holds_hypernet(start) == "published" else {}))
         c = shine.config
+        if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
+            shine.grow_meta_lora(args.meta_rank, args.seed)
+            c = shine.config
         for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")

@@ -7,7 +7,7 @@ import torch
 
 from conftest import close
 from data import Examples, collate
-from model import Config, LanguageModel, UserError, cut
+from model import Config, LanguageModel, UserError, cut, lora_size
 from shine import Conversation, LoRA, Shine, ShineConfig, fingerprint
 from train import save_base
 
@@ -142,6 +142,17 @@ def test_initial_values(base, tokenizer):
         for A, B in layer.values():
             assert abs(A.std() - math.sqrt(0.04)) < 0.02 and not B.any()
     assert not shine.m2p.layer_pe.any() and not shine.m2p.token_pe.any() and 0 < shine.memory.std() < 0.05
+
+
+def test_a_grown_meta_lora_computes_the_same_and_learns_more(shine, batch):
+    before = shine(batch)
+    shine.grow_meta_lora(5)
+    assert shine.config.meta_r == 5 and shine.meta_lora.shape[1] == lora_size(shine.base.config, 5)
+    loss = shine(batch)
+    assert abs(loss - before) < 1e-5 * before
+    loss.backward()
+    A, B = cut(shine.meta_lora.grad, shine.base.config, 5)[0]["mlp.up_proj"]
+    assert B[3:].abs().min() > 0 and not A[:, 3:].any()            # as in any LoRA: B moves first
 
 
 def test_examples_reach_the_loss(shine, tokenizer):

@@ -1,0 +1,43 @@
+"""The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
+import torch
+
+from benchmarks import quality
+from conftest import close
+from model import cut
+
+TEXTS = ["Mara has a parrot.", "Tom is a baker in Oslo, and he sings."]
+
+
+def record(text):
+    turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    return {"context": text, "conversations": turns("Who?", "Mara"), "others": [turns(f"Q{i}?", "yes no"[i % 2 * 4:][:3]) for i in range(10)]}
+
+
+def test_texts_trained_together_are_trained_alone(shine):
+    rows = [quality.text_rows(shine, record(t)) for t in TEXTS]
+    start = quality.plain_start(shine, 2)
+    together = [flat.clone() for _, flat in quality.fit(shine, start, rows, 3, 1e-2)][-1]
+    for i in range(2):
+        alone = [flat.clone() for _, flat in quality.fit(shine, start[:1], rows[i:i + 1], 3, 1e-2)][-1]
+        assert close(together[i:i + 1], alone, 1e-3) and not torch.equal(alone, start[:1])
+
+
+def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(shine):
+    start, rows = quality.plain_start(shine, 1), [quality.text_rows(shine, record(TEXTS[0]))]
+    ids = torch.tensor([rows[0][0][0]])
+    assert torch.equal(shine.base(ids, None, cut(start, shine.base.config, shine.config.r)), shine.base(ids))
+    loss = lambda flat: torch.nn.functional.cross_entropy(shine.base(ids, None, cut(flat, shine.base.config, shine.config.r))[0, :-1], ids[0, 1:])
+    trained = [flat.clone() for _, flat in quality.fit(shine, start, rows, 30, 1e-2)][-1]
+    assert loss(trained) < 0.8 * loss(start)
+
+
+def test_every_condition_is_scored_and_costed(shine):
+    records, rates = [record(t) for t in TEXTS], {"sft": 1e-2, "ttt": 1e-2, "shine+ttt": 1e-3}
+    result = quality.measure(shine, records, rates)["conditions"]
+    assert set(result) == {"shine", "in-context", "question", *(f"sft {n}" for n in quality.SFT),
+                           *(f"{kind} {n}" for kind in ("ttt", "shine+ttt") for n in quality.TTT)}
+    assert all(0 <= r["em"]["mean"] <= 100 and r["em"]["questions"] == 2 for r in result.values())
+    table = quality.costs(shine, records, rates)
+    assert table["in-context"]["prompt tokens"] > table["shine"]["prompt tokens"] and table["question"]["GFLOP to prepare"] == 0
+    assert table["sft 10"]["GFLOP to prepare"] > table["sft 1"]["GFLOP to prepare"] > table["shine"]["GFLOP to prepare"] > 0
+    assert table["ttt 30"]["MiB to prepare"] > 0
