@@ -385,8 +385,8 @@ def held_out(line):
     return zlib.crc32(line.encode()) % 8 == 0
 
 
-def closed(lines):
-    """Whether a word list has a held-out part: short lists (days, colors) and verbs (base|past) serve both splits."""
+def open_class(lines):
+    """Whether a word list is one of many (names, things) and so has a held-out part; short lists (days) and verbs serve both splits."""
     return len(lines) >= 60 and "|" not in lines[0]
 
 
@@ -490,7 +490,7 @@ class Source:
         self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
         for kind, lines in words.items():
-            part = [w for w in lines if held_out(w) == (split == "heldout")] if closed(lines) else lines
+            part = [w for w in lines if held_out(w) == (split == "heldout")] if open_class(lines) else lines
             self.words[kind] = part or lines
         self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
                         "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
@@ -513,17 +513,26 @@ class Source:
         return re.sub(r"\{([\w-]+)\}", expand, line) if "{" in line else line
 
     def let_wild(self, tokenizer, share):
-        """Draw a share of the values from the tokenizer's whole words instead of their list: what a value is then says nothing
-        about the word it is, and the hypernetwork must copy tokens it never met in that place. Held-out words stay out."""
-        spared = {w for kind, lines in load_assets()[0].items() if closed(lines) for line in lines if held_out(line) for w in line.lower().split()}
-        words = (token[1:].decode() for token in tokenizer.ranks if re.fullmatch(rb" [A-Za-z]+", token))
-        self.wild, self.wild_share = sorted({w.lower() for w in words if re.fullmatch("[A-Za-z][a-z]{2,}", w)} - spared), share
+        """Draw a share of the values from the tokenizer instead of their list, half of them whole words, half words put together
+        from two to four tokens: what a value is then says nothing about the word it is, and the hypernetwork must copy tokens that it
+        never met in that place or in that order. Held-out words stay out."""
+        spared = {w for kind, lines in load_assets()[0].items() if open_class(lines) for line in lines if held_out(line) for w in line.lower().split()}
+        words, self.wild_share = [token.decode("utf-8", "replace") for token in tokenizer.ranks], share
+        self.wild = sorted({w[1:].lower() for w in words if re.fullmatch("[ ][A-Za-z][a-z]{2,}", w)} - spared)
+        self.wild_parts = sorted(w for w in words if re.fullmatch("[a-z]{2,}", w)), spared
+
+    def wild_word(self, rng):
+        parts, spared = self.wild_parts
+        word = rng.choice(self.wild)
+        if parts and rng.random() < 0.5:
+            word = word[:rng.randint(2, 6)] + "".join(rng.choice(parts) for _ in range(rng.choice((1, 1, 2))))
+        return self.wild[0] if word in spared else word
 
     def fresh(self, kind, rng, used):
         for _ in range(20):
             value = self.value(kind, rng)
-            if self.wild and closed(load_assets()[0][kind]) and rng.random() < self.wild_share:
-                word = rng.choice(self.wild)
+            if self.wild and open_class(load_assets()[0][kind]) and rng.random() < self.wild_share:
+                word = self.wild_word(rng)
                 value = word[:1].upper() + word[1:] if value[:1].isupper() else word
             if value.lower() not in used:
                 break

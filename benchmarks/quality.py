@@ -110,22 +110,28 @@ def choose_rates(shine, records):
 
 
 def costs(shine, records, rates):
-    """What a condition costs for one text and its first question, medians over records, one at a time (paper, section 7)."""
-    def sft(count):
-        return lambda r: [f for _, f in fit(shine, plain_start(shine, 1), [conversation_rows(shine, r, count)], EPOCHS * count, rates["sft"])][-1]
+    """What a condition costs for one text and its first question, medians over records, one at a time (paper, section 7).
 
-    def ttt(start):
-        return lambda r: [f for _, f in fit(shine, start(r), [text_rows(shine, r)], 30, rates["ttt"])][-1]
-
+    FLOPs and memory of a training are those of one step, the FLOPs times its steps.
+    """
+    shine.requires_grad_(False)      # torch's counter follows modules by hooks, which fail on parameters met without a gradient
     generated = lambda r: flatten(shine.generate_lora(r["context"]))
-    ways = {"shine": generated, "in-context": None, "question": None, "ttt 30": ttt(lambda r: plain_start(shine, 1)), "shine+ttt 30": ttt(generated)}
-    ways |= {f"sft {n}": sft(n) for n in SFT if all(len(r.get("others", ())) >= n for r in records)}
+
+    def training(kind, rows, steps, start=lambda r: plain_start(shine, 1)):
+        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind])][-1]
+
+    text = lambda r: text_rows(shine, r)
+    ways = {"shine": (1, lambda r, n: generated(r)), "in-context": (0, None), "question": (0, None),
+            "ttt 30": training("ttt", text, 30), "shine+ttt 30": training("shine+ttt", text, 30, generated)}
+    for count in SFT:
+        if all(len(r.get("others", ())) >= count for r in records):
+            ways[f"sft {count}"] = training("sft", lambda r, count=count: conversation_rows(shine, r, count), EPOCHS * count)
     table = {}
-    for name, prepare in ways.items():
+    for name, (steps, prepare) in ways.items():
         rows = []
         for r in records:
             started = time.perf_counter()
-            lora = cut(prepare(r), shine.base.config, shine.config.r) if prepare else None
+            lora = cut(prepare(r, steps), shine.base.config, shine.config.r) if prepare else None
             seconds = time.perf_counter() - started
             talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
             ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
@@ -138,10 +144,10 @@ def costs(shine, records, rates):
                    "GFLOP of the prompt": first.get_total_flops() / 1e9, "GFLOP to prepare": 0.0, "MiB to prepare": 0.0}
             if prepare:
                 with FlopCounterMode(display=False) as counter:
-                    prepare(r)
+                    prepare(r, 1)
                 with Peak(shine) as live:
-                    prepare(r)
-                row |= {"GFLOP to prepare": counter.get_total_flops() / 1e9, "MiB to prepare": live.peak / 2 ** 20}
+                    prepare(r, 1)
+                row |= {"GFLOP to prepare": counter.get_total_flops() / 1e9 * steps, "MiB to prepare": live.peak / 2 ** 20}
             rows.append(row)
         table[name] = {k: float(f"{np.median([row[k] for row in rows]):.4g}") for k in rows[0]}
     return table
@@ -223,7 +229,7 @@ def main(argv=None):
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
     add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
-    add("--limit", type=positive(int), help="at most so many texts of the set")
+    add("--limit", type=positive(int), help="at most so many texts of the set, evenly spread over it")
     add("--model", default=str(DEFAULT_MODEL))
     add("--json", metavar="OUT", help="write everything measured")
     add("--answers", metavar="OUT", help="write every text, question and answer")
@@ -236,7 +242,8 @@ def main(argv=None):
     device, dtype, why = pick_device(args.device)
     shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
     if args.data:
-        records = read_conversations(args.data)[:args.limit]
+        records = read_conversations(args.data)
+        records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
     else:
         source = Source(args.split)
         records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, max(SFT) if args.baselines else 0)
@@ -245,7 +252,7 @@ def main(argv=None):
     rates, extra = None, {}
     if args.baselines:
         rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=max(SFT)) for i in range(24)])
-        extra = {"learning rates": rates, "F1 by learning rate, 24 other texts": tried, "costs": costs(shine, records[:7], rates)}
+        extra = {"learning rates": rates, "F1 by learning rate, 24 other texts": tried, "costs": costs(shine, records[:5], rates)}
     result = measure(shine, records, rates)
     answers = result.pop("answers")
     result |= extra

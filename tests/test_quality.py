@@ -31,7 +31,9 @@ def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(
     assert loss(trained) < 0.8 * loss(start)
 
 
-def test_every_condition_is_scored_and_costed(shine):
+def test_every_condition_is_scored_and_costed(shine, monkeypatch):
+    monkeypatch.setattr(quality, "EPOCHS", 1)
+    monkeypatch.setattr(quality, "TTT", (1, 3))
     records, rates = [record(t) for t in TEXTS], {"sft": 1e-2, "ttt": 1e-2, "shine+ttt": 1e-3}
     result = quality.measure(shine, records, rates)["conditions"]
     assert set(result) == {"shine", "in-context", "question", *(f"sft {n}" for n in quality.SFT),
