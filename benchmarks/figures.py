@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt      # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks/results", ROOT / "assets"
-SETS = {"generated": "generated", "strangers": "strangers'\n60 texts", "fairytaleqa": "FairytaleQA\nval", "squad_dev": "SQuAD\ndev", "babi_dev": "bAbI\ndev"}
+SETS = {"generated": "generated", "strangers": "strangers'\n61 texts", "fairytaleqa": "FairytaleQA\nval", "squad_dev": "SQuAD\ndev", "babi_dev": "bAbI\ndev"}
 CONDITIONS = {"shine": ("SHINE", "#2f80d0"), "in-context": ("text in the prompt", "#e08a2e"), "question": ("question alone", "#8a8a8a")}
 GREY = "#808080"
 plt.rcParams |= {"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY,
@@ -37,7 +37,8 @@ def quality():
         axis.bar([x + 0.27 * (i - 1) for x in range(len(sets))], [e["mean"] for e in em], 0.25, yerr=spread, color=color, ecolor=GREY, label=label)
     axis.set_xticks(range(len(sets)), sets)
     axis.set_ylabel("exact match, %")
-    axis.legend(frameon=False)
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, ncols=3, loc="upper right")
     save(figure, "quality.svg")
 
 
@@ -47,7 +48,9 @@ def training():
     for axis, (stage, points) in zip(axes, stages.items()):
         for condition, (label, color) in CONDITIONS.items():
             found = [(p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]
-            if found:
+            if len(found) == 1:      # measured once, since the language model is frozen
+                axis.axhline(found[0][1], color=color, linestyle="--")
+            elif found:
                 axis.plot(*zip(*found), "o-", color=color, label=label, markersize=3)
         axis.set_title(stage, fontsize=10)
         axis.set_xlabel("thousand samples")
