@@ -519,14 +519,14 @@ class Source:
         spared = {w for kind, lines in load_assets()[0].items() if open_class(lines) for line in lines if held_out(line) for w in line.lower().split()}
         words, self.wild_share = [token.decode("utf-8", "replace") for token in tokenizer.ranks], share
         self.wild = sorted({w[1:].lower() for w in words if re.fullmatch("[ ][A-Za-z][a-z]{2,}", w)} - spared)
-        self.wild_parts = sorted(w for w in words if re.fullmatch("[a-z]{2,}", w)), spared
+        self.wild_parts, self.spared = sorted(w for w in words if re.fullmatch("[a-z]{2,}", w)), spared
 
     def wild_word(self, rng):
-        parts, spared = self.wild_parts
+        """A whole word of the tokenizer, or the start of one with one or two tokens behind it; never a held-out word."""
         word = rng.choice(self.wild)
-        if parts and rng.random() < 0.5:
-            word = word[:rng.randint(2, 6)] + "".join(rng.choice(parts) for _ in range(rng.choice((1, 1, 2))))
-        return self.wild[0] if word in spared else word
+        if self.wild_parts and rng.random() < 0.5:
+            word = word[:rng.randint(2, 6)] + "".join(rng.choice(self.wild_parts) for _ in range(rng.choice((1, 1, 2))))
+        return self.wild[0] if word in self.spared else word
 
     def fresh(self, kind, rng, used):
         for _ in range(20):

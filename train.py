@@ -315,6 +315,8 @@ def parse(argv):
         if args.base or str(args.preset).startswith("paper"):
             raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages pretrain and finetune; "
                             "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
+        if args.hypernet:
+            raise UserError(f"--hypernet {args.hypernet} is for the stages pretrain and finetune: stage base has no hypernetwork")
         if args.shard:
             raise UserError("--shard spreads a frozen language model: stages pretrain and finetune")
         args.preset = args.preset or "tiny"

@@ -155,7 +155,7 @@ def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
 
 @pytest.mark.parametrize("arguments, word", [
     (["--steps", "0"], "0"), (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
-    (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"),
+    (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"), (["--hypernet", "nowhere"], "--hypernet"),
     (["--out", "/proc/none"], "/proc/none")])
 def test_bad_arguments_end_in_one_line_and_status_2(arguments, word, tmp_path):
     command = [sys.executable, "train.py", "--stage", "base", "--preset", "test", "--vocab-size", "300", "--steps", "1", "--out", str(tmp_path / "run")]
