@@ -4,7 +4,7 @@
     context_ids         (B, N)   int64    the reading pass                       } absent in the base stage, where the
     context_mask        (B, N)   bool     1 = real token                         } text stands in the prompt
     input_ids           (B, S)   int64    the answering pass: the conversation
-    attention_mask      (B, S)   bool
+    attention_mask      (B, S)   int64    0 = padding, else the number of the conversation in its row: they do not see each other
     weights             (B, S)   float32  weight of the loss of predicting input_ids[:, t]; 0 = not counted
     counted             (K,)     int64    the loss: where the flattened weights[:, 1:] are not 0
 
@@ -661,10 +661,11 @@ class Source:
                [fact.hero for fact in facts if fact.hero and fact.hero.kind == kind and fact.hero not in aside]
         return self.fill(rng.choice(self.phrasings(lines)), {frame.cast[0]: rng.choice(free)}) if free else None
 
-    def sample(self, rng, n_facts=None, n_turns=None, others=0):
+    def sample(self, rng, n_facts=None, n_turns=None, others=(), again=0.35):
         """One text with a conversation: {"context", "conversations", "meta": {"facts", "turns": [kind]}}.
 
-        others: so many more conversations about the same text under the key "others".
+        others: the numbers of questions of more conversations about the same text, which come under the key "others".
+        again: how often a fact is of a kind that the text has already, about someone else.
         """
         while True:
             used, taken, facts = set(), set(), []
@@ -672,12 +673,12 @@ class Source:
             n = n_facts or rng.randint(1, self.max_facts)
             pool = self.by_cast[rng.choices(("person", "other", "all"), (5, 3, 3))[0]]
             while sum(fact.frame.facts for fact in facts) < n:
-                again = facts and rng.random() < 0.35
-                frame = rng.choice(facts).frame if again else rng.choice(pool)
+                same = facts and rng.random() < again
+                frame = rng.choice(facts).frame if same else rng.choice(pool)
                 fact = self.make_fact(frame, cast, rng, used, taken)
                 if fact and sum(f.frame.facts for f in facts) + frame.facts <= n + 1:
                     facts.append(fact)
-                elif again and rng.random() < 0.5:
+                elif same and rng.random() < 0.5:
                     pool = self.frames
             rng.shuffle(facts)
             items = self.questions(facts, rng)
@@ -687,7 +688,7 @@ class Source:
         turns, kinds = self.converse(facts, items, rng, cast, used, n_turns or rng.randint(1, 8))
         sample = {"context": context, "conversations": turns, "meta": {"facts": sum(fact.frame.facts for fact in facts), "turns": kinds}}
         if others:
-            sample["others"] = [self.converse(facts, items, rng, cast, used, rng.randint(3, 8))[0] for _ in range(others)]
+            sample["others"] = [self.converse(facts, items, rng, cast, used, n)[0] for n in others]
         return sample
 
     def converse(self, facts, items, rng, cast, used, n_turns):
@@ -840,7 +841,8 @@ class Examples:
 
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
-                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0):
+                 copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
+                 conversations=1):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -851,7 +853,9 @@ class Examples:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.random_share = random_share          # share of passages that are tokens in random order
-        self.recall_share = recall_share          # share of question examples whose last turn asks for the whole text
+        self.recall_share = recall_share          # share of question examples that ask for the whole text too
+        self.conversations = conversations        # about one text in a question example: at most so many, as far as they fit
+        self.rival_share = rival_share            # share of generated texts whose facts are mostly of one kind, about several people
         self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
@@ -880,17 +884,22 @@ class Examples:
         stop = max(piece.rfind(". "), piece.rfind('." '), piece.rfind("\n"))
         return (piece[:stop + 1] if stop > 20 else piece).strip() or "Nothing."
 
-    def record(self, rng):
-        """A (context, turns) pair with questions: generated, or real."""
+    def record(self, rng, count=1):
+        """A text and up to `count` conversations about it, (context, [turns]): generated, or real."""
         if rng.random() < self.record_share:
             record = rng.choice(rng.choice(self.records))
             turns = [(t["role"], t["content"]) for t in record["conversations"]]
             context, pairs = excerpt(record["context"], [turns[i:i + 2] for i in range(0, len(turns), 2)], 3 * self.context_length, rng)
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
-            return context, [turn for pair in pairs for turn in pair]
-        sample = self.source.sample(rng, n_turns=1 if rng.random() < 0.1 else rng.randint(3, 10))
-        return sample["context"], [(t["role"], t["content"]) for t in sample["conversations"]]
+            return context, [[turn for pair in pairs[i::count] for turn in pair] for i in range(min(count, len(pairs)))]
+        again = 0.85 if rng.random() < self.rival_share else 0.35
+        if count == 1:
+            numbers = [1 if rng.random() < 0.1 else rng.randint(3, 10)]
+        else:      # many short ones: the first question is the hardest, since no earlier answer spells a word of the text
+            numbers = rng.choices((1, 2, 3, 5, 8), (10, 4, 2, 2, 1), k=count)
+        sample = self.source.sample(rng, n_turns=numbers[0], others=numbers[1:], again=again)
+        return sample["context"], [[(t["role"], t["content"]) for t in turns] for turns in (sample["conversations"], *sample.get("others", ())) if turns]
 
     def base(self, rng):
         tok, dice = self.tokenizer, rng.random()
@@ -901,7 +910,7 @@ class Examples:
         if dice < self.copy_share + self.plain_share:         # plain text
             ids = [tok.end, *tok.encode(self.passage(rng, 60, 200, plain=True)), tok.end]
             return None, ids, [0.0] + [0.1] * (len(ids) - 1)
-        context, turns = self.record(rng)
+        context, (turns,) = self.record(rng)
         if rng.random() < 0.06:                               # the same questions without a text
             known = {reply for _, reply in small_talk()}
             turns = [(role, content if role == "user" or content in known else NO_TEXT) for role, content in turns[:4]]
@@ -922,11 +931,15 @@ class Examples:
         return context, *render(tok, turns)
 
     def finetune(self, rng):
-        context, turns = self.record(rng)
-        ids, weights = render(self.tokenizer, turns)
+        context, conversations = self.record(rng, self.conversations)
+        rows = [render(self.tokenizer, turns) for turns in conversations]
         if rng.random() < self.recall_share:      # its many tokens count less, or the answers would be drowned
-            more, counted = render(self.tokenizer, [("user", [self.tokenizer.recon]), ("assistant", context)])
-            ids, weights = ids + more, weights + [0.3 * w for w in counted]
+            ids, weights = render(self.tokenizer, [("user", [self.tokenizer.recon]), ("assistant", context)])
+            rows.insert(1, (ids, [0.3 * w for w in weights]))
+        ids, weights = rows[0]
+        for more, counted in rows[1:]:
+            if len(ids) + 1 + len(more) <= self.conversation_length:
+                ids, weights = [*ids, self.tokenizer.end, *more], [*weights, 0.0, *counted]
         return self.tokenizer.encode(context), ids, weights
 
 
@@ -942,7 +955,10 @@ def collate(examples, tokenizer):
     """Examples -> batch, the table at the top of this file."""
     contexts, rows, weights = zip(*examples)
     batch = {}
-    batch["input_ids"], batch["attention_mask"] = pad(rows, tokenizer.end)
+    batch["input_ids"], mask = pad(rows, tokenizer.end)
+    apart = (batch["input_ids"] == tokenizer.end) & mask      # <|endoftext|> between two conversations belongs to neither
+    apart[:, 0] = False
+    batch["attention_mask"] = (1 + apart.cumsum(1)) * (mask & ~apart)
     batch["weights"] = pad(weights, 0.0)[0].float()
     batch["counted"] = batch["weights"][:, 1:].flatten().nonzero()[:, 0]
     if contexts[0] is not None:

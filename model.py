@@ -426,13 +426,14 @@ class LanguageModel(nn.Module):
     def _positions(self, x, mask, start):
         """Rotary angles and attention bias for T new tokens behind `start` old ones; mask (B, start + T) or None.
 
+        A token sees those before it that have its own number in the mask, where 0 is padding.
         Positions count real tokens only, so that padding on either side changes nothing for them.
         """
         T, c, device = x.shape[1], self.config, x.device
         if mask is None:
             positions = torch.arange(start, start + T, device=device)[None]
         else:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+            positions = ((mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, start:]
         angles = tuple(t.to(x.dtype) for t in rope(positions, c.head_dim, c.rope_theta))
         if mask is None and (start == 0 or T == 1):
             return angles, None
@@ -440,7 +441,8 @@ class LanguageModel(nn.Module):
             mask = torch.ones(1, start + T, device=device)
         row = torch.arange(start, start + T, device=device)[:, None]                 # query positions in the padded row
         column = torch.arange(start + T, device=device)[None]                        # key positions
-        seen = (column <= row) & mask.bool()[:, None, None, :] | (column == row)     # a padded query sees itself: no NaN
+        own = (mask[:, None, None, :] == mask[:, None, start:, None]) & (mask != 0)[:, None, None, :]
+        seen = (column <= row) & own | (column == row)                               # a padded query sees itself: no NaN
         return angles, torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, float("-inf"))
 
     # ------------------------------------------------------------------------ generation

@@ -52,10 +52,10 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
     "pretrain": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
-COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15)
+COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15, rival_share=0.25)
 SIZES = dict(rank=4, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
-             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0)                                          # real text only
+             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0)                        # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
@@ -285,7 +285,9 @@ def parse(argv):
     add("--wild-share", type=float, help="share (default 0.3) of generated values that are any word of the tokenizer")
     add("--random-share", type=float, help="share (default 0.15) of passages to copy that are tokens in random order")
     add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
-    add("--recall-share", type=float, default=0.0, help="stage finetune: share of conversations that end with the whole text (<RECON>)")
+    add("--rival-share", type=float, help="share (default 0.25) of generated texts that say mostly one thing of several people")
+    add("--recall-share", type=float, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
+    add("--conversations", type=positive(int), default=1, help="question examples: so many conversations about one text, as far as they fit")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
     add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
@@ -298,6 +300,7 @@ def parse(argv):
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
+    add("--save-every", type=positive(float), help="the same between checkpoints without one (default: none)")
     add("--eval-texts", type=positive(int), default=60)
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -434,7 +437,8 @@ def main(argv=None):
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
-                        recall_share=args.recall_share)
+                        recall_share=args.recall_share, rival_share=args.rival_share,
+                        conversations=args.conversations)
     heldout = Source("heldout", args.max_facts)
     examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
                                max_facts=args.max_facts, split="heldout", packing=args.packing)
@@ -505,7 +509,7 @@ def main(argv=None):
         return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None,
                                                 num_workers=args.workers, generator=torch.Generator(), prefetch_factor=8 if args.workers else None))
 
-    data, bad, next_eval, waited = stream(state["step"] * args.accumulate), 0, None, 0.0
+    data, bad, next_eval, next_save, waited = stream(state["step"] * args.accumulate), 0, None, None, 0.0
     started = last = time.perf_counter()
     before = state["seconds"]
     module.train()
@@ -517,12 +521,14 @@ def main(argv=None):
         progress = state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes
         clock = state["step"] if args.steps else state["seconds"] / 60
         if next_eval is None:
-            next_eval = clock + args.eval_every
-        elif clock >= next_eval or progress >= 1:
-            next_eval = clock + args.eval_every
+            next_eval, next_save = clock + args.eval_every, clock + (args.save_every or math.inf)
+        elif clock >= next_eval or progress >= 1 or clock >= next_save:
             paused = time.perf_counter()
             checkpoint()
-            evaluation()
+            if clock >= next_eval or progress >= 1:
+                evaluation()
+                next_eval = clock + args.eval_every
+            next_save = clock + (args.save_every or math.inf)
             log and log.flush()
             started += time.perf_counter() - paused
             last = time.perf_counter()
@@ -563,7 +569,7 @@ def main(argv=None):
         module.zero_grad(set_to_none=True)
 
         now = time.perf_counter()
-        tokens = sum(int(batch["attention_mask"].sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
+        tokens = sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
         state["step"] += 1
         state["samples"] += args.batch * args.accumulate * world
         state["tokens"] += tokens * world

@@ -31,6 +31,7 @@ from train import Peak, evaluate, token_accuracy
 
 CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
 SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
+OTHERS = (5,) * max(SFT)      # questions in each conversation to train on
 RATES = (3e-3, 1e-2, 3e-2)
 
 
@@ -246,12 +247,12 @@ def main(argv=None):
         records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
     else:
         source = Source(args.split)
-        records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, max(SFT) if args.baselines else 0)
+        records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ())
                    for i in range(args.generate)]
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
     rates, extra = None, {}
     if args.baselines:
-        rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=max(SFT)) for i in range(16)])
+        rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(16)])
         extra = {"learning rates": rates, "F1 by learning rate, 16 other texts": tried, "costs": costs(shine, records[:5], rates)}
     result = measure(shine, records, rates)
     answers = result.pop("answers")

@@ -158,8 +158,8 @@ def test_a_long_real_text_is_cut_to_sentences_that_answer():
 
 
 def test_more_conversations_about_the_same_text():
-    plain, more = (Source().sample(random.Random(5), others=n) for n in (0, 3))
-    assert {k: more[k] for k in plain} == plain and len(more["others"]) == 3 and "others" not in plain
+    plain, more = (Source().sample(random.Random(5), others=n) for n in ((), (1, 2, 1)))
+    assert {k: more[k] for k in plain} == plain and [len(turns) // 2 for turns in more["others"]] == [1, 2, 1] and "others" not in plain
 
 
 def test_small_talk_has_replies():
@@ -178,11 +178,11 @@ def test_examples_are_functions_of_seed_and_index_and_fit(tokenizer):
         assert a(0) != make(2)(0)
 
 
-def test_random_passages_and_the_last_turn_that_asks_for_the_text(tokenizer):
+def test_random_passages_and_a_conversation_that_asks_for_the_text(tokenizer):
     plain, recall = (Examples("finetune", tokenizer, 400, 900, max_facts=2, random_share=1.0, recall_share=share) for share in (0.0, 1.0))
     context, ids, weights = plain(0)
     _, longer, more = recall(0)
-    assert longer[:len(ids)] == ids and more[:len(ids)] == weights and tokenizer.recon not in ids
+    assert longer[:len(ids) + 1] == [*ids, tokenizer.end] and more[:len(ids)] == weights and tokenizer.recon not in ids
     assert longer[len(ids):].count(tokenizer.recon) == 1 and 0 < sum(more) - sum(weights) < len(context)
     assert len(plain.passage(random.Random(0)).split()) >= 2 and plain.passage(random.Random(0)) != plain.passage(random.Random(0), plain=True)
 
@@ -196,11 +196,11 @@ def test_batches_pad_mask_and_resume(tokenizer):
     assert all((resumed[k] == seen[5][k]).all() for k in seen[5])
     batch = seen[0]
     assert batch["input_ids"].shape == batch["weights"].shape == batch["attention_mask"].shape and batch["context_ids"].shape[0] == 4
-    assert not batch["weights"][~batch["attention_mask"]].any()
+    assert not batch["weights"][batch["attention_mask"] == 0].any()
     left, right = batches(make(), 2, rank=0, world=2, pool=4), batches(make(), 2, rank=1, world=2, pool=4)
     a, b = next(left), next(right)
-    both = {tuple(r[m].tolist()) for x in (a, b) for r, m in zip(x["input_ids"], x["attention_mask"])}
-    assert both == {tuple(r[m].tolist()) for r, m in zip(batch["input_ids"], batch["attention_mask"])}
+    both = {tuple(r[m > 0].tolist()) for x in (a, b) for r, m in zip(x["input_ids"], x["attention_mask"])}
+    assert both == {tuple(r[m > 0].tolist()) for r, m in zip(batch["input_ids"], batch["attention_mask"])}
 
 
 def test_broken_lines_are_named_and_counted(tmp_path):
@@ -234,3 +234,19 @@ def test_collated_words_in_the_docstring(tokenizer):
     batch = collate([(context, ids, weights)], tokenizer)
     fields = re.findall(r"^    (\w+) +\((?:B, )?([NSK]),?\)", data.__doc__, re.M)
     assert {name for name, _ in fields} == set(batch)
+
+
+def test_several_conversations_about_one_text_share_a_row(tokenizer):
+    """They fit, <|endoftext|> stands between them and belongs to none, and most have one question."""
+    examples, counts = Examples("finetune", tokenizer, 400, 500, max_facts=3, recall_share=0.3, conversations=5), []
+    for i in range(20):
+        _, ids, weights = examples(i)
+        assert len(ids) <= 500
+        mask = collate([examples(i)], tokenizer)["attention_mask"][0, :len(ids)].tolist()
+        assert [m == 0 for m in mask] == [t == tokenizer.end for t in ids] and [m for m in mask if m] == sorted(m for m in mask if m)
+        assert not any(w for w, m in zip(weights, mask) if not m)
+        for number in range(1, max(mask) + 1):
+            part = [t for t, m in zip(ids, mask) if m == number]
+            assert part[0] == tokenizer.im_start
+            counts.append(part.count(tokenizer.im_start) // 2)
+    assert len(counts) > 60 and counts.count(1) > len(counts) / 3

@@ -200,3 +200,15 @@ def test_cuda_equals_cpu(base, ids):
     expected = base(ids, None, lora)
     got = base.cuda()(ids.cuda(), None, map_lora(lambda t: t.cuda(), lora)).cpu()
     assert close(got, expected, 1e-4)
+
+
+def test_conversations_in_one_row_do_not_see_each_other():
+    """Numbers in the mask: each conversation gets what it gets in a row of its own, and the loss is the sum."""
+    model = LanguageModel(Config(**PRESETS["test"], vocab_size=300), 3)
+    torch.manual_seed(0)
+    a, b = torch.randint(0, 300, (1, 9)), torch.randint(0, 300, (1, 14))
+    row, numbers = torch.cat((a, a[:, :1], b), 1), torch.tensor([[1] * 9 + [0] + [2] * 14])
+    logits = model(row, numbers)
+    torch.testing.assert_close(logits[:, :9], model(a), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[:, 10:], model(b), atol=1e-5, rtol=1e-5)
+    assert (model(row, (numbers > 0).long())[:, 10:] - model(b)).abs().max() > 1e-3
