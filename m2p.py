@@ -88,11 +88,20 @@ class EncoderLayer(nn.Module):
         return norm(self.norm2, x + apply(self.linear2, F.gelu(apply(self.linear1, x))))
 
 
-class M2P(nn.Module):
-    """D encoder layers over the (L, M) grid of memory states; even ones along L, odd ones along M."""
+AXES = ("both", "rows", "columns")
 
-    def __init__(self, L, M, H, num_layers=4, heads=None):
+
+class M2P(nn.Module):
+    """D encoder layers over the (L, M) grid of memory states; even ones along L, odd ones along M.
+
+    axes "rows" (all layers along M) and "columns" (all along L) are for the ablation of section 4's design.
+    """
+
+    def __init__(self, L, M, H, num_layers=4, heads=None, axes="both"):
         super().__init__()
+        if axes not in AXES:
+            raise ValueError(f"m2p_axes {axes!r} is not one of {', '.join(AXES)}")
+        self.axes = axes
         heads = heads or attention_heads(H)
         if H % heads:
             raise ValueError(f"a hidden size of {H} does not divide into {heads} M2P heads")
@@ -107,7 +116,8 @@ class M2P(nn.Module):
         x = memory_states + self.layer_pe.to(dtype)[:, None] + self.token_pe.to(dtype)      # (B, L, M, H)
         for i, layer in enumerate(self.transformer_layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer
-            x = run(x.transpose(1, 2)).transpose(1, 2) if i % 2 == 0 else run(x)
+            columns = i % 2 == 0 if self.axes == "both" else self.axes == "columns"
+            x = run(x.transpose(1, 2)).transpose(1, 2) if columns else run(x)
             if trace:
-                trace(f"M2P layer {i}, over the {'L axis' if i % 2 == 0 else 'M axis'}", x)
+                trace(f"M2P layer {i}, over the {'L axis' if columns else 'M axis'}", x)
         return x.reshape(B, L, M * H)

@@ -99,6 +99,10 @@ class Config:
 PRESETS = {  # our own models: the same class at other sizes; vocab_size comes from the tokenizer
     "test": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                  intermediate_size=64),                                                  # 0.02 M + embeddings: the suite
+    "nano": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                 intermediate_size=192),                                                 # 0.15 M + embeddings } benchmarks.scaling
+    "micro": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                  intermediate_size=384),                                                # 0.8 M + embeddings  }
     "tiny": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
                  intermediate_size=512),                                                 # 2.4 M + embeddings: a laptop
     "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=3, head_dim=64,

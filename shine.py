@@ -50,6 +50,7 @@ class ShineConfig:
     scale: float = 0.02             # A and B are multiplied by sqrt(scale); the paper's 0.001 belongs to H = 4096
     context_length: int = 256       # longest text in tokens
     conversation_length: int = 384  # longest conversation in tokens
+    m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
 
 
 PUBLISHED = ("metanetwork.pth", "metalora.pth", "mem_tokens.pt")          # the files of a hypernetwork as its authors release it
@@ -226,7 +227,7 @@ class Shine(nn.Module):
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None)
+                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes)
         except ValueError as error:
             hint = "" if config.r % smallest_rank(c) == 0 else f" (--rank: a multiple of {smallest_rank(c)} fits)"
             raise UserError(f"{error}{hint}") from None
@@ -360,8 +361,9 @@ class Shine(nn.Module):
                 raise UserError(f"--scale and --m2p-heads are for published files; {folder}/hypernet.json has its own")
             published, path = None, Path(folder) / "hypernet.json"
             raw = read_json(path)
-            if not all(isinstance(raw.get(f.name, f.default), (int, float)) for f in fields(ShineConfig)):
-                raise UserError(f"{path}: a size is not a number")
+            for f in fields(ShineConfig):
+                if not isinstance(raw.get(f.name, f.default), str if isinstance(f.default, str) else (int, float)):
+                    raise UserError(f"{path}: {f.name} is {raw[f.name]!r}")
             if not adopt and raw.get("base") != fingerprint(base):
                 raise UserError(f"{path} belongs to another language model ({raw.get('base_name') or raw.get('base')}) "
                                 f"than the one in {base_folder}")

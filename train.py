@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   train_bpe)
+from m2p import AXES
 from model import (PRESETS, QWEN3, Config, LanguageModel, UserError, pick_device, read_header, read_json, weight_files, write_file,
                    write_json)
 from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hypernet, load_tokenizer
@@ -297,6 +298,7 @@ def parse(argv):
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 4)")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
+    add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
@@ -344,7 +346,7 @@ def new_config(args, config):
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
     scale = round(args.scale or 0.02 * 192 / config.hidden_size, 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"])
+                       size["conversation_length"], args.m2p_axes or "both")
 
 
 def build(args, device, dtype, texts):
@@ -376,7 +378,7 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
-        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers)):
+        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
         shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})

@@ -33,6 +33,7 @@ CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": 
 SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
 OTHERS = (5,) * max(SFT)      # questions in each conversation to train on
 RATES = (3e-3, 1e-2, 3e-2)
+LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400, 10**9)      # of texts in tokens, for the groups
 
 
 # ---------------------------------------------------------------------------- LoRAs trained by gradient
@@ -168,13 +169,14 @@ def interval(rows, key, draws=1000):
     return {"mean": round(100 * sums.sum() / counts.sum(), 2), "low": round(100 * low, 2), "high": round(100 * high, 2), "questions": len(rows)}
 
 
-def groups(records, rows):
-    """{name: rows}: everything, then by kind of question, turn, facts, where the set says so."""
+def groups(records, rows, sizes):
+    """{name: rows}: everything, then by turn, length of the text (sizes: tokens of each), and kind of question, facts, where the set says so."""
     out = {"all": rows}
+    spans = [f"text of {low} to {high - 1} tokens" for low, high in zip(LENGTHS, LENGTHS[1:])]
     for row in rows:
         meta, turns = records[row["record"]].get("meta"), len(records[row["record"]]["conversations"]) // 2
         meta = meta if isinstance(meta, dict) and len(meta.get("turns", ())) == turns else {}
-        names = [f"turn {min(row['turn'] + 1, 8)}"] + (["conversations of 3 or more turns"] if turns >= 3 else [])
+        names = [f"turn {min(row['turn'] + 1, 8)}"] + [spans[i] for i in range(len(spans)) if LENGTHS[i] <= sizes[row["record"]] < LENGTHS[i + 1]] + (["conversations of 3 or more turns"] if turns >= 3 else [])
         names += [f"kind: {meta['turns'][row['turn']]}"] if "turns" in meta else []
         names += [f"{meta['facts']} facts"] if "facts" in meta else []
         names += [f"source: {records[row['record']]['source']}"] if "source" in records[row["record"]] else []
@@ -186,6 +188,7 @@ def groups(records, rows):
 def measure(shine, records, rates=None):
     """-> {"conditions": {condition: {"em", "f1", "seconds", "groups"}}, "answers": [...]}; with rates the baselines too."""
     result, answers = {}, [{"context": r["context"], "turns": []} for r in records]
+    sizes = [len(shine.tokenizer.encode(r["context"].strip())) for r in records]
     flats = {name: flat for kind in rates or () for name, flat in trained(shine, records, kind, rates).items()}
     for condition in [*CONDITIONS, *flats]:
         started = time.perf_counter()
@@ -193,7 +196,7 @@ def measure(shine, records, rates=None):
         seconds = time.perf_counter() - started
         result[condition] = {"em": interval(rows, "em"), "f1": interval(rows, "f1"), "seconds": round(seconds, 1),
                              "groups": {name: {"em": interval(part, "em"), "f1": interval(part, "f1")["mean"]}
-                                        for name, part in sorted(groups(records, rows).items())}}
+                                        for name, part in sorted(groups(records, rows, sizes).items())}}
         for row in rows:
             turns = answers[row["record"]]["turns"]
             if row["turn"] >= len(turns):

@@ -26,6 +26,18 @@ def test_even_layers_mix_depths_and_odd_ones_memory_tokens():
         assert {tuple(p) for p in changed.nonzero().tolist()} == expected
 
 
+def test_one_axis_only_for_the_ablation():
+    x = torch.randn(1, 3, 4, 8)
+    y = x.clone()
+    y[0, 1, 2] += 1.0
+    for axes, expected in (("rows", {(1, j) for j in range(4)}), ("columns", {(i, 2) for i in range(3)})):
+        m2p = perturb(M2P(3, 4, 8, 2, 2, axes))
+        changed = (m2p(x) - m2p(y)).abs().view(3, 4, 8).amax(-1) > 1e-6
+        assert {tuple(p) for p in changed.nonzero().tolist()} == expected
+    with pytest.raises(ValueError, match="diagonal"):
+        M2P(3, 4, 8, 2, 2, "diagonal")
+
+
 def test_position_embeddings_are_used():
     m2p = perturb(M2P(3, 4, 8, 2, 2))
     x = m2p(torch.zeros(1, 3, 4, 8)).view(3, 4, 8)

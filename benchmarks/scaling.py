@@ -1,0 +1,135 @@
+"""How SHINE scales at our sizes (paper, section 7): language model, rank, meta rank, depth of the M2P, and two ablations.
+
+    python -m benchmarks.scaling --steps 400 --base-steps 1500 --text DIR --qa FILE ...     trains and scores every cell of the table
+    python -m benchmarks.scaling --only rank m2p_layers --seeds 3                           some groups, three seeds
+    python -m benchmarks.scaling --show                                                     the table of what is there already
+
+Every cell is a hypernetwork from new, trained on the same samples with the same settings but for the one thing its group
+changes; the cell that all groups share stands first. A cell that the JSON has already is not run again, so that a stopped
+study goes on where it was. Scored by train.py on unseen generated texts; the curves are kept.
+"""
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data import Parser, positive, run
+from model import UserError, read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = {"model": "shipped", "rank": 4, "meta_rank": 24, "m2p_layers": 4, "m2p_axes": "both", "order": "mixed"}      # what a group leaves alone
+GROUPS = {
+    "shared": [{}],
+    "model": [{"model": "nano"}, {"model": "micro"}, {"model": "tiny"}],                     # language models trained here on equal samples
+    "rank": [{"rank": 2}, {"rank": 8}],
+    "meta_rank": [{"meta_rank": 0}, {"meta_rank": 4}, {"meta_rank": 64}],
+    "m2p_layers": [{"m2p_layers": 0}, {"m2p_layers": 2}, {"m2p_layers": 6}],
+    "m2p_axes": [{"m2p_axes": "rows"}, {"m2p_axes": "columns"}],
+    "order": [{"order": "pretrain first"}, {"order": "questions only"}],                     # half reconstruction, then half questions
+}
+
+
+def name(cell, seed):
+    return ", ".join(f"{k} {v}" for k, v in cell.items()) + f", seed {seed}"
+
+
+def call(out, *args):
+    """One run of train.py in a process of its own (each run compiles and seeds afresh) -> its log's lines."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--out", str(out), *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{out}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def language_model(preset, args, data):
+    """The folder of a language model of this size, trained where it is not there yet; all sizes share one tokenizer's recipe."""
+    if preset == "shipped":
+        return ROOT / "checkpoints/tiny"
+    out = args.out / f"base-{preset}"
+    if not (out / "done").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        call(out, "--stage", "base", "--preset", preset, "--steps", args.base_steps, "--eval-every", args.base_steps, *data)
+        (out / "done").touch()
+    return out
+
+
+def measure(cell, seed, args, data):
+    """Train and score one cell -> {"em", "reconstruction", "in-context", "minutes", "samples", "curve", ...}."""
+    cell = SHARED | cell
+    base, out = language_model(cell["model"], args, data), args.out / "hypernetwork"
+    shutil.rmtree(args.out / "fresh", ignore_errors=True)
+    shutil.copytree(base, args.out / "fresh", ignore=shutil.ignore_patterns("hypernet*", "state*", "log*", "done"))      # without its hypernetwork
+    sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes")]
+    common = ["--seed", seed, "--eval-every", max(1, args.steps // 4), "--eval-texts", args.eval_texts, *data]
+    phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
+              "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)]}[cell["order"]]
+    started, model, log = time.perf_counter(), args.out / "fresh", []
+    for stage, share, steps in phases:
+        shutil.rmtree(out, ignore_errors=True)
+        more = ["--question-share", share, *sizes] if stage == "pretrain" else []
+        log += call(out, "--stage", stage, "--model", model, "--steps", steps, *more, *common)
+        if len(phases) > 1:
+            model = args.out / "first"
+            shutil.rmtree(model, ignore_errors=True)
+            out.rename(model)
+    metrics = [line for line in log if "unseen" in line]
+    last, first = metrics[-1]["unseen"], metrics[0]["unseen"]
+    trained = sum(steps for _, _, steps in phases) * 32
+    return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": last["loss"], "reconstruction": last["reconstruction"],
+            "in-context": first["in-context"]["em"], "question": first["question"]["em"], "minutes": round((time.perf_counter() - started) / 60, 2),
+            "samples": trained, "curve": [[line["samples"], line["unseen"]["shine"]["em"], line["unseen"]["loss"]] for line in metrics]}
+
+
+def table(results):
+    """Markdown: one row a cell, the mean over seeds and their spread."""
+    spread = lambda values: f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    lines = ["| | SHINE, exact match | text in the prompt | reconstruction (tokens) | loss, unseen | minutes | seeds |", "|---|---|---|---|---|---|---|"]
+    for group, cells in GROUPS.items():
+        for cell in cells:
+            rows = [r for r in results["cells"].values() if r["cell"] == SHARED | cell]
+            if rows:
+                title = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in (cell or SHARED).items())
+                lines.append(f"| {title} | " + " | ".join(spread([r[k] for r in rows]) for k in ("em", "in-context", "reconstruction", "loss"))
+                             + f" | {statistics.mean(r['minutes'] for r in rows):.1f} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS), help="groups")
+    add("--seeds", type=positive(int), default=1)
+    add("--steps", type=positive(int), default=400, help="optimizer steps of each hypernetwork, 32 texts each")
+    add("--base-steps", type=positive(int), default=1500, help="optimizer steps of each language model of the group `model`, 64 texts each")
+    add("--eval-texts", type=positive(int), default=100)
+    add("--text", help="as in train.py")
+    add("--qa", nargs="*", default=[], help="as in train.py")
+    add("--out", type=Path, default=ROOT / "runs/scaling", help="folder for what is trained")
+    add("--json", default=str(ROOT / "benchmarks/results/scaling.json"))
+    add("--show", action="store_true")
+    add("--limit-minutes", type=positive(float), default=float("inf"), help="start no cell after so long")
+    args = parser.parse_args(argv)
+    settings = {"steps": args.steps, "base steps": args.base_steps, "texts scored": args.eval_texts}
+    results = read_json(args.json) if Path(args.json).is_file() else {"settings": settings, "cells": {}}
+    if not args.show and results["settings"] != settings:
+        raise UserError(f"{args.json} was made with {results['settings']}; use these or another --json")
+    data = (["--text", args.text] if args.text else []) + (["--qa", *args.qa] if args.qa else [])
+    started = time.perf_counter()
+    for seed in range(0 if args.show else args.seeds):
+        for group in args.only:
+            for cell in GROUPS[group]:
+                if name(SHARED | cell, seed) in results["cells"] or time.perf_counter() - started > 60 * args.limit_minutes:
+                    continue
+                args.out.mkdir(parents=True, exist_ok=True)
+                results["cells"][name(SHARED | cell, seed)] = row = {"cell": SHARED | cell, "seed": seed} | measure(cell, seed, args, data)
+                write_json(args.json, results)
+                print(f"{name(cell or SHARED, seed)}: {row['em']:.3f} SHINE, {row['reconstruction']:.3f} reconstruction, {row['minutes']} minutes", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""benchmarks.scaling: cells differ in one thing, none is run twice, the table has them all. Training itself is train.py's."""
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scaling
+from model import UserError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Runs of train.py, recorded instead of made; each leaves the folder that the next one starts from."""
+    made = []
+
+    def call(out, *args):
+        out.mkdir(parents=True)
+        made.append(list(map(str, args)))
+        scores = {"shine": {"em": 0.5, "f1": 0.6}, "in-context": {"em": 0.8}, "question": {"em": 0.0}, "loss": 1.0, "reconstruction": 0.7}
+        return [{"step": 1, "loss": 2.0}, {"step": 2, "samples": 64, "unseen": scores}]
+    monkeypatch.setattr(scaling, "call", call)
+    return made
+
+
+def value(args, flag):
+    return next((a.split("=")[1] for a in args if a.startswith(flag + "=")), None) or args[args.index(flag) + 1]
+
+
+def test_cells_differ_in_one_thing_and_are_not_run_twice(tmp_path, calls, capsys):
+    arguments = ["--only", "shared", "rank", "order", "--steps", "8", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "s.json")]
+    scaling.main(arguments)
+    cells = json.loads((tmp_path / "s.json").read_text())["cells"]
+    assert len(cells) == 5 and len(calls) == 6                       # "pretrain first" takes two runs
+    assert [value(a, "--rank") for a in calls[:3]] == ["4", "2", "8"] and all(value(a, "--meta-rank") == "24" for a in calls[:3])
+    first, second = calls[3:5]
+    assert value(first, "--question-share") == "0.0" and value(second, "--stage") == "finetune" and value(second, "--model").endswith("first")
+    assert {value(a, "--steps") for a in (first, second)} == {"4"} and value(calls[5], "--question-share") == "1.0"
+    assert "| rank 8 | 0.500 | 0.800 | 0.700 | 1.000 |" in capsys.readouterr().out
+    scaling.main(arguments)
+    assert len(calls) == 6
+    with pytest.raises(UserError, match="use these or another --json"):
+        scaling.main([*arguments, "--steps", "9"])
+
+
+def test_language_models_are_trained_once(tmp_path, calls):
+    scaling.main(["--only", "model", "--seeds", "2", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "s.json")])
+    bases = [a for a in calls if value(a, "--stage") == "base"]
+    assert [value(a, "--preset") for a in bases] == ["nano", "micro", "tiny"] and len(calls) == 3 + 6
+    assert not Path(tmp_path / "runs/fresh/hypernet.json").exists()
