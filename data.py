@@ -818,7 +818,7 @@ def excerpt(context, pairs, size, rng):
     stand in them word for word. A short text comes back whole, and so does one where ten tries find no question."""
     if len(context) <= size:
         return context, pairs
-    sentences = re.split(r"(?<=[.!?]) +|\n+", context)
+    sentences = sentences_of(context)
     for _ in range(10):
         first = last = rng.randrange(len(sentences))
         while last < len(sentences) and sum(map(len, sentences[first:last + 1])) <= size:
@@ -827,6 +827,172 @@ def excerpt(context, pairs, size, rng):
         if kept := [pair for pair in pairs if pair[1][1].rstrip(".").lower() in piece.lower()]:
             return piece, kept
     return context, pairs
+
+
+# ---------------------------------------------------------------------------- questions on any plain text
+class Miner:
+    """Questions that simple sentences of a real text answer, found by their form: subject, verb, object, place.
+
+    What is not sure is not asked: a list that goes on, speech, a relative clause, a question with two answers in the text.
+
+    >>> Miner()("Once a sly fox stole a cheese from the kitchen.")[:2]
+    [('Who stole a cheese from the kitchen?', 'a sly fox'), ('What did the sly fox steal from the kitchen?', 'a cheese')]
+    """
+    words = lambda text: frozenset(text.split())      # noqa: E731
+    PRONOUNS = words("i we you he she it they")
+    ARTICLES = words("a an the his her my our their its your some all many no")
+    NUMBERS = words("two three four five six seven eight nine ten eleven twelve twenty fifty")
+    COMMON = PRONOUNS | ARTICLES | NUMBERS | words(          # what a capital at the start of a sentence does not make a name
+        """after although and another are as at because before both but by can could did do does during each every few for from had has have
+        here how if in is just last let may more most much never next nobody not now of oh on once one only or perhaps she should since so such
+        suddenly than that them then there these this those though through thus to today tomorrow too under until up upon was well were what when
+        where which while who whose why will with yes yesterday yet""")
+    PREPOSITIONS = words("in on at under near behind beside inside into onto to from with for by over through across around outside above below "
+                         "between after before about along down up out off during until against without toward towards")
+    CLAUSES = "and|but|because|when|while|so|that|which|who|as|if|where|though|although|until|than|then|whom|whose"      # what starts another one
+    FEELINGS = ("happy|sad|angry|afraid|scared|tired|hungry|thirsty|proud|glad|sorry|lonely|surprised|excited|frightened|worried|jealous|bored|cross|ill|"
+                "sick|delighted|ashamed|curious")
+    ADVERBS = words("again away back ever first here home now once soon then there together too")
+    WISHES = words("wanted liked loved learned started needed wants likes loves needs")
+    TIMES = words("morning afternoon evening night day week month year time moment hour minute winter summer spring autumn while end way")
+    PLACES = {"in": "", "at": ""} | {p: p + " " for p in ("on", "under", "near", "behind", "beside", "inside")}      # what of them the answer repeats
+    GOING = words("go come walk run fly move travel ride drive sail hurry climb swim jump fall")
+
+    NAME = r"[A-Z][a-z]+(?: [A-Z][a-z]+)*"
+    ARTICLE = r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Ii]ts|[Yy]our|[Ss]ome)"
+    PREPOSITION = "(?:" + "|".join(sorted(PREPOSITIONS)) + ")"
+    START = (r"^(?:(?P<lead>(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By)\b[^,.;:!?]{2,30}(?=,)|Yesterday|Today|Tomorrow),? |"
+             r"(?:Then|So|But|And|Soon|Once|Now|At last|Finally|Suddenly|However),? )?"
+             rf"(?P<subject>{NAME}|{ARTICLE}(?: [a-z-]+){{1,3}}?|He|She|They|We|I|It|he|she|they|we|it) ")
+    STOP = re.compile(rf" (?:{CLAUSES})\b|[.;!?:,\"(]| --")
+    THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,]*)(?: [\w'-]+){{1,4}}|{NAME}")
+    NAMED = re.compile(rf"\b{ARTICLE}(?: [a-z-]+){{0,2}}? (?P<kind>[a-z-]+),? (?:who was |which was |whose name was )?(?:named|called) (?P<name>{NAME})")
+    IS = re.compile(START + r"(?P<verb>was|were|is|are) (?P<rest>[^.;!?:]*)")
+
+    def __init__(self, folder=ASSETS):
+        pairs = [line.split("|") for line in read_lines(folder / "verbs.txt")]
+        self.base = {third(base): (base, "does") for base, _ in pairs} | {past: (base, "did") for base, past in pairs}
+        verbs = "|".join(sorted(self.base, key=len, reverse=True))
+        self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually )?(?P<verb>{verbs})\b(?P<rest>[^.;!?:]*)")
+
+    def __call__(self, text):
+        """-> [(question, answer)]"""
+        asked = defaultdict(list)
+        for sentence in sentences_of(text):
+            for question, answer in self.ask(sentence):
+                question = question[:1].upper() + question[1:]
+                if 0 < len(answer.split()) <= 12 and answer not in asked[question]:
+                    asked[question].append(answer)
+        return [(question, answers[0]) for question, answers in asked.items() if len(answers) == 1]
+
+    def ask(self, sentence):
+        """(question, answer) after (question, answer) of one sentence."""
+        for m in self.NAMED.finditer(sentence):
+            if m["kind"] not in self.COMMON:
+                yield f"What was the {m['kind']} called?", m["name"]
+                yield f"What is the name of the {m['kind']}?", m["name"]
+        for form, ask in ((self.IS, self.ask_is), (self.does, self.ask_does)):
+            if '"' not in sentence and (m := form.match(sentence)):
+                if self.is_subject(m["subject"]):
+                    yield from ask(m["subject"], m["verb"], m["lead"], *self.split(m["rest"]))
+                return
+
+    def split(self, rest):
+        """What follows the verb -> (object, preposition, the noun phrase behind it, more of these, the next clause); "" for what is not there."""
+        stop = self.STOP.search(rest)
+        here, after = (rest[:stop.start()], rest[stop.start():]) if stop else (rest, "")
+        thing, *more = re.split(rf"(?:^|(?<=\s)){self.PREPOSITION}(?=\s\S)", here, maxsplit=2)
+        preposition = here[len(thing):].split(" ")[0] if more else ""
+        noun = more[0].strip() if more else ""
+        return thing.strip(), preposition, noun, here[here.index(noun, len(thing)) + len(noun):].rstrip() if noun else "", after
+
+    def is_thing(self, phrase, place=False):
+        """Whether a phrase can be an answer: an article or number with a few words, or a name; a place: no time of day or year."""
+        words = phrase.split()
+        first = words[0].lower() if words else ""
+        return bool(self.THING.fullmatch(phrase)) and words[-1] not in self.PREPOSITIONS | self.ADVERBS and words[-1][-2:] != "ly" and not (place and words[-1] in self.TIMES) \
+            and (first not in self.COMMON - self.PRONOUNS or first in self.ARTICLES | self.NUMBERS) and first not in self.PRONOUNS
+
+    def is_subject(self, phrase):
+        """Whether a phrase can be a subject: a pronoun, an article with a noun, a name that is no common word."""
+        words = phrase.split()
+        first = words[0].lower()
+        return first in self.PRONOUNS or (first in self.ARTICLES or first not in self.COMMON) \
+            and not any(w in self.PREPOSITIONS or w in ("and", "or", "who", "that", "which", "of") for w in words)
+
+    @classmethod
+    def lower(cls, phrase):
+        """A phrase in the middle of a sentence: "The fox" -> "the fox"; names stay."""
+        first = phrase.split(" ")[0]
+        return phrase[:1].lower() + phrase[1:] if first.lower() in cls.COMMON and first != "I" else phrase
+
+    def again(self, subject):
+        """A subject inside a question: "a fox" has become "the fox"."""
+        first, *more = subject.split()
+        return " ".join(["the", *more]) if first.lower() in ("a", "an", "some") else self.lower(subject)
+
+    def ask_is(self, subject, be, lead, thing, preposition, noun, further, after):
+        pronoun, who, past = subject.lower() in self.PRONOUNS, self.again(subject), be in ("was", "were")
+        if re.fullmatch(rf"(?:very |so |too )?(?:{self.FEELINGS})", thing) and not preposition:
+            yield f"How {'did' if past else 'does' if be == 'is' else 'do'} {who} feel?", thing.split()[-1]
+            if not pronoun:
+                yield f"Who {be} {thing}?", self.lower(subject)
+            if after.startswith(" because "):
+                yield f"Why {be} {who} {thing}?", after.strip(" .,")
+        elif self.is_thing(thing) and not pronoun and not preposition and not re.match(" (and|that|which|who)", after):
+            if past:
+                yield f"Who {be} {thing}?", self.lower(subject)
+            yield f"What {be} {who if past else self.lower(subject)}?", thing
+        elif not thing and preposition in self.PLACES and self.is_thing(noun, place=True):
+            yield f"Where {be} {who}?", self.PLACES[preposition] + noun
+            if not pronoun:
+                yield f"{'Who' if who[0].isupper() else 'What'} {be} {preposition} {noun}?", self.lower(subject)
+
+    def ask_does(self, subject, verb, lead, thing, preposition, noun, further, after):
+        (base, did), who, pronoun = self.base[verb], self.again(subject), subject.lower() in self.PRONOUNS
+        if did == "does" and subject.lower() in ("they", "we", "i"):
+            return
+        tail = f" {preposition} {noun}".rstrip()
+        if verb in self.WISHES and preposition == "to" and not thing:
+            if not self.is_thing(noun):
+                yield f"What {did} {who} {base} to do?", noun + further
+            return
+        does = f"{did} {who} {base}" + (f" {thing}" if thing else "")
+        if after.startswith(" because ") and "," not in after[:-1]:
+            yield f"Why {does}{tail}?", after.strip(" .,")
+        if after.startswith(" and ") and (after.split() + [""])[1] not in self.base.keys() | self.PRONOUNS | {"then"}:
+            return                                                                   # a list that goes on
+        if lead and (thing or noun) and not re.match("(?:At (?:last|first|once|least)|In (?:fact|short|all))", lead):
+            yield f"When {does}{tail}?", self.lower(lead)
+        if self.is_thing(thing):
+            if not pronoun:
+                yield f"Who {verb} {thing}{tail}?", self.lower(subject)
+            first, rest = (thing + " ").split(" ", 1)
+            if first in self.NUMBERS or first[0].isdigit():
+                yield f"How many {rest.strip()} {did} {who} {base}{tail}?", first
+            yield f"{'Who' if self.lower(thing)[0].isupper() else 'What'} {did} {who} {base}{tail}?", thing
+            if preposition in self.PLACES and self.is_thing(noun, place=True):
+                yield f"Where {does}?", self.PLACES[preposition] + noun
+            elif preposition in ("to", "with", "from", "for") and self.is_thing(noun):
+                yield f"{'Who' if preposition == 'to' or noun[0].isupper() else 'What'} {does} {preposition}?", noun
+        elif not thing and self.is_thing(noun, place=True):
+            if preposition in self.PLACES or preposition in ("to", "into") and base in self.GOING:
+                yield f"Where {does}?", self.PLACES.get(preposition, "") + noun
+            elif preposition in ("with", "for", "from"):
+                yield f"{'Who' if noun[0].isupper() else 'What'} {does} {preposition}?", noun
+            if not pronoun:
+                yield f"Who {verb}{tail}?", self.lower(subject)
+
+
+def third(base):
+    """The verb after he, she, it: carry -> carries, go -> goes, have -> has."""
+    if base == "have":
+        return "has"
+    return base[:-1] + "ies" if base[-1] == "y" and base[-2] not in "aeou" else base + ("es" if base.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
+
+
+def sentences_of(text):
+    return re.split(r"(?<=[.!?]) +|\n+", text)
 
 
 # ---------------------------------------------------------------------------- examples and batches
@@ -842,7 +1008,7 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1):
+                 conversations=1, mined_share=0.0):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -853,6 +1019,8 @@ class Examples:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.random_share = random_share          # share of passages that are tokens in random order
+        self.mined_share, self.miner = mined_share if texts else 0, Miner()      # share of conversations on pieces of plain text
+        self.long = [t for t in texts if len(t) > 400]
         self.recall_share = recall_share          # share of question examples that ask for the whole text too
         self.conversations = conversations        # about one text in a question example: at most so many, as far as they fit
         self.rival_share = rival_share            # share of generated texts whose facts are mostly of one kind, about several people
@@ -893,6 +1061,9 @@ class Examples:
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
             return context, [[turn for pair in pairs[i::count] for turn in pair] for i in range(min(count, len(pairs)))]
+        if self.long and rng.random() < self.mined_share and (mined := self.mine(rng)):
+            context, pairs = mined
+            return context, [[turn for pair in pairs[i::count] for turn in pair] for i in range(min(count, len(pairs)))]
         again = 0.85 if rng.random() < self.rival_share else 0.35
         if count == 1:
             numbers = [1 if rng.random() < 0.1 else rng.randint(3, 10)]
@@ -900,6 +1071,21 @@ class Examples:
             numbers = rng.choices((1, 2, 3, 5, 8), (10, 4, 2, 2, 1), k=count)
         sample = self.source.sample(rng, n_turns=numbers[0], others=numbers[1:], again=again)
         return sample["context"], [[(t["role"], t["content"]) for t in turns] for turns in (sample["conversations"], *sample.get("others", ())) if turns]
+
+    def mine(self, rng):
+        """Sentences in a row of a plain text and up to 8 questions that they answer, (text, [(turn, turn)]), or None."""
+        for _ in range(20):
+            sentences, words = sentences_of(rng.choice(self.long)), rng.randint(10, 110)
+            first = last = rng.randrange(len(sentences))
+            while last < len(sentences) and (words := words - len(sentences[last].split())) >= 0:
+                last += 1
+            piece = " ".join(sentences[first:last])
+            if pairs := self.miner(piece):
+                pairs = [(casual(question, rng), answer) for question, answer in rng.sample(pairs, min(8, len(pairs)))]
+                if rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in dict(pairs):
+                    pairs.insert(rng.randrange(len(pairs) + 1), (casual(foreign[0], rng), UNKNOWN))
+                return piece, [(("user", question), ("assistant", answer)) for question, answer in pairs]
+        return None
 
     def base(self, rng):
         tok, dice = self.tokenizer, rng.random()

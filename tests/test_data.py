@@ -250,3 +250,42 @@ def test_several_conversations_about_one_text_share_a_row(tokenizer):
             assert part[0] == tokenizer.im_start
             counts.append(part.count(tokenizer.im_start) // 2)
     assert len(counts) > 60 and counts.count(1) > len(counts) / 3
+
+
+MINED = [
+    ("Once a sly fox stole a cheese from the kitchen.", {"Who stole a cheese from the kitchen?": "a sly fox", "What did the sly fox steal from the kitchen?": "a cheese"}),
+    ("In the morning, Aunt Polly planted three roses behind the shed.", {
+        "Who planted three roses behind the shed?": "Aunt Polly", "How many roses did Aunt Polly plant behind the shed?": "three",
+        "Where did Aunt Polly plant three roses?": "behind the shed", "When did Aunt Polly plant three roses behind the shed?": "in the morning"}),
+    ("There lived a king who had a daughter named Rosalind.", {"What was the daughter called?": "Rosalind"}),
+    ("Tom was sad because the boat had sunk.", {"How did Tom feel?": "sad", "Who was sad?": "Tom", "Why was Tom sad?": "because the boat had sunk"}),
+    ("The wolf wanted to sleep under a tree.", {"What did the wolf want to do?": "sleep under a tree"}),
+    ("My brother carries the post to the harbour.", {"Who carries the post to the harbour?": "my brother", "What does my brother carry to the harbour?": "the post"}),
+    ("She went to the market and forgot her basket.", {"Where did she go?": "the market"}),
+    ("The bear was in the cave.", {"Where was the bear?": "the cave", "What was in the cave?": "the bear"}),
+    ("Mr Brown was a baker.", {"What was Mr Brown?": "a baker", "Who was a baker?": "Mr Brown"}),
+]
+
+
+@pytest.mark.parametrize("text, expected", MINED, ids=[text.split(".")[0] for text, _ in MINED])
+def test_questions_are_found_in_plain_sentences(text, expected):
+    assert expected.items() <= dict(data.Miner()(text)).items()
+
+
+def test_what_is_not_sure_is_not_asked():
+    ask = data.Miner()
+    assert ask("When Tom came, nobody heard it.") == [] and ask('"I sold a cow," he said.') == [] and ask("What a day!") == []
+    assert not any("eat" in question for question, _ in ask("The hen ate a worm and a snail."))         # the object goes on behind the cut
+    assert [q for q, _ in ask("Tom found a coin. Tom found a ring.")] == ["Who found a coin?", "Who found a ring?"]     # what did Tom find?
+
+
+def test_mined_examples_answer_from_their_piece_or_say_so(tokenizer):
+    story = " ".join(text for text, _ in MINED) * 3
+    examples, unknown = Examples("finetune", tokenizer, 400, 500, texts=[story, story.replace("Tom", "Una")], mined_share=1.0, record_share=0.0), 0
+    for i in range(30):
+        piece, (turns,) = examples.record(random.Random(i))
+        assert piece in story or piece.replace("Una", "Tom") in story
+        for _, answer in turns[1::2]:
+            assert answer == data.UNKNOWN or answer.lower() in piece.lower()
+            unknown += answer == data.UNKNOWN
+    assert unknown

@@ -93,6 +93,25 @@ def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatc
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_checkpoints_between_evaluations(folder, tmp_path, monkeypatch):
+    """Killed at its third step with --save-every 1, a run goes on from the second; it ends as the straight one does."""
+    args, calls, real = BASE + ["--steps", "4", "--eval-every", "4", "--save-every", "1", "--out", str(tmp_path)], [], train.Base.forward
+
+    def killed(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **named)
+    monkeypatch.setattr(train.Base, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(args)
+    monkeypatch.setattr(train.Base, "forward", real)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 2
+    train.main(args + ["--resume"])
+    a, b = (load_file(p / "state.safetensors") for p in (tmp_path, folder / "base"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--steps", "2", "--out", str(tmp_path)] + BASE[4:])
     same = [load_file(p / "model.safetensors") for p in (folder / "base", folder / "pre", tmp_path)]
