@@ -17,6 +17,7 @@ import argparse
 import random
 import time
 import warnings
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": 
 SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
 OTHERS = (5,) * max(SFT)      # questions in each conversation to train on
 RATES = (3e-3, 1e-2, 3e-2)
-LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400, 10**9)      # of texts in tokens, for the groups
+LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400)      # of texts in tokens, for the groups
 
 
 # ---------------------------------------------------------------------------- LoRAs trained by gradient
@@ -172,11 +173,11 @@ def interval(rows, key, draws=1000):
 def groups(records, rows, sizes):
     """{name: rows}: everything, then by turn, length of the text (sizes: tokens of each), and kind of question, facts, where the set says so."""
     out = {"all": rows}
-    spans = [f"text of {low} to {high - 1} tokens" for low, high in zip(LENGTHS, LENGTHS[1:])]
+    spans = [f"text of {low} to {high - 1} tokens" for low, high in zip(LENGTHS, LENGTHS[1:])] + [f"text of {LENGTHS[-1]} tokens or more"]
     for row in rows:
         meta, turns = records[row["record"]].get("meta"), len(records[row["record"]]["conversations"]) // 2
         meta = meta if isinstance(meta, dict) and len(meta.get("turns", ())) == turns else {}
-        names = [f"turn {min(row['turn'] + 1, 8)}"] + [spans[i] for i in range(len(spans)) if LENGTHS[i] <= sizes[row["record"]] < LENGTHS[i + 1]] + (["conversations of 3 or more turns"] if turns >= 3 else [])
+        names = [f"turn {min(row['turn'] + 1, 8)}"] + [spans[bisect_right(LENGTHS, sizes[row["record"]]) - 1]] + (["conversations of 3 or more turns"] if turns >= 3 else [])
         names += [f"kind: {meta['turns'][row['turn']]}"] if "turns" in meta else []
         names += [f"{meta['facts']} facts"] if "facts" in meta else []
         names += [f"source: {records[row['record']]['source']}"] if "source" in records[row["record"]] else []

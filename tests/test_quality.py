@@ -1,8 +1,8 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
 import torch
 
-from benchmarks import quality
-from conftest import close
+from benchmarks import quality, tables
+from conftest import ROOT, close
 from model import cut
 
 TEXTS = ["Mara has a parrot.", "Tom is a baker in Oslo, and he sings."]
@@ -43,3 +43,16 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch):
     assert table["in-context"]["prompt tokens"] > table["shine"]["prompt tokens"] and table["question"]["GFLOP to prepare"] == 0
     assert table["sft 10"]["GFLOP to prepare"] > table["sft 1"]["GFLOP to prepare"] > 0 and table["shine"]["GFLOP to prepare"] > 0
     assert table["ttt 30"]["MiB to prepare"] > 0
+
+
+def test_tables_of_the_readme_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") >= 2
+    assert tables.fill(text) == text, "python -m benchmarks.tables"
+    assert tables.fill(text.replace("| generated texts of 1 to 8 facts, all | 1", "| generated texts of 1 to 8 facts, all | 9")) == text
+
+
+def test_texts_are_grouped_by_their_length():
+    records = [{"context": "x", "conversations": [{}, {}]}] * 3
+    names = quality.groups(records, [{"record": i, "turn": 0} for i in range(3)], [9, 49, 400])
+    assert [k for k in names if k.startswith("text of")] == ["text of 0 to 9 tokens", "text of 25 to 49 tokens", "text of 400 tokens or more"]

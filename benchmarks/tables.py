@@ -1,0 +1,96 @@
+"""Write the README's tables from the committed results: python -m benchmarks.tables
+
+What stands between <!-- table: NAME --> and <!-- end --> in README.md is made here, by the function NAME; `tests/test_quality.py`
+compares. Numbers are exact match in percent, mean (95 % interval), unless a column says otherwise.
+"""
+import json
+import re
+from pathlib import Path
+
+from benchmarks import scaling as study
+from model import write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+CONDITIONS = ("shine", "in-context", "question")
+SETS = {"strangers": "61 texts in the style of strangers", "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {length} tokens)",
+        "squad_dev": "SQuAD (XQuAD English) dev"}
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def cell(em):
+    return f"{em['mean']:.1f} ({em['low']:.0f}-{em['high']:.0f})" if "low" in em else f"{em['mean']:.1f}"
+
+
+def row(title, conditions, group="all"):
+    ems = [conditions[c]["groups"][group]["em"] for c in CONDITIONS]
+    return f"| {title} | {ems[0]['questions']} | " + " | ".join(map(cell, ems)) + " |"
+
+
+def joined(conditions, names):
+    """One group out of several: the mean over their questions, without an interval."""
+    out = {}
+    for c in CONDITIONS:
+        ems = [conditions[c]["groups"][name]["em"] for name in names]
+        count = sum(e["questions"] for e in ems)
+        out[c] = {"groups": {"all": {"em": {"mean": sum(e["mean"] * e["questions"] for e in ems) / count, "questions": count}}}}
+    return out
+
+
+def quality():
+    generated = read("quality_generated")["conditions"]
+    facts = lambda low, high: joined(generated, [f"{n} facts" for n in range(low, high + 1)])
+    lines = ["| | questions | SHINE: no text in the prompt | text in the prompt | question alone |", "|---|---|---|---|---|",
+             row("generated texts of 1 to 8 facts, all", generated), row("texts of 1 to 3 facts", facts(1, 3)), row("texts of 4 to 6 facts", facts(4, 6))]
+    for title, group in (("conversations of 3 or more turns", "conversations of 3 or more turns"), ("first question of a conversation", "turn 1"),
+                         ("seventh question", "turn 7"), ("questions about a fact", "kind: fact"), ("yes or no", "kind: yes or no"),
+                         ('right answer "The text does not say."', "kind: unknown")):
+        lines.append(row(title, generated, group))
+    config = json.loads((ROOT / "checkpoints/tiny/hypernet.json").read_text())
+    results = {"generated": generated} | {name: read(f"quality_{name}")["conditions"] for name in SETS}
+    lines += [row(title.format(length=config["context_length"]), results[name]) for name, title in SETS.items()]
+    f1 = ", ".join(f"{name.split('_')[0]} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, r in results.items())
+    return "\n".join(lines) + f"\n\nF1 (SHINE / text in the prompt / question alone): {f1}.\n" \
+        f"Reconstruction of the same generated texts: {read('quality_generated')['reconstruction token accuracy']:.1f} % of tokens."
+
+
+def baselines():
+    result = read("quality_baselines")
+    names = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
+    lines = ["| | EM | F1 | seconds to prepare | GFLOP to prepare | MiB to prepare | tokens in the prompt | ms to the first token |", "|---|---|---|---|---|---|---|---|"]
+    for condition, scored in result["conditions"].items():
+        kind, _, count = condition.partition(" ")
+        title = names.get(condition) or {"sft": f"SFT on {count} conversations", "ttt": f"TTT, {count} steps", "shine+ttt": f"SHINE + TTT, {count} steps"}[kind]
+        cost = result["costs"].get(condition)
+        costs = (f"{cost['prepare s']:.3g}", f"{cost['GFLOP to prepare']:.3g}", f"{cost['MiB to prepare']:.3g}", f"{cost['prompt tokens']:.0f}",
+                 f"{1000 * cost['first token s']:.1f}") if cost else ("",) * 5
+        lines.append(f"| {title} | {cell(scored['em'])} | {scored['f1']['mean']:.1f} | " + " | ".join(costs) + " |")
+    return "\n".join(lines) + f"\n\n{result['texts']} held-out generated texts, {result['conditions']['shine']['em']['questions']} questions; learning rates " \
+        f"(chosen on 16 other texts) {', '.join(f'{k} {v:g}' for k, v in result['learning rates'].items())}; costs on {result['machine']}, medians of five texts."
+
+
+def latency():
+    result = read("latency")
+    answer = result["one answer, warm, ms"]
+    return "\n".join([f"| on {result['machine']}, medians | |", "|---|---|", f"| first answer from a cold start of the command | {result['cold start']['first answer s']} s |",
+                      f"| LoRA from a text of 100 tokens, warm | {result['LoRA from N tokens, warm, ms']['100']} ms |",
+                      f"| one answer, warm, SHINE / text in the prompt | {answer['SHINE']} / {answer['text in the prompt']} ms |"])
+
+
+def scaling():
+    return study.table(read("scaling"))
+
+
+def fill(text):
+    """README text -> the same with every table made anew."""
+    make = lambda m: f"<!-- table: {m[1]} -->\n{globals()[m[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", make, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    filled = fill(readme.read_text(encoding="utf-8"))
+    write_file(readme, lambda p: p.write_text(filled, encoding="utf-8"))
