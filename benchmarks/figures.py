@@ -2,16 +2,23 @@
 
     assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
     assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
+    assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
+    assets/scaling.svg     exact match by size, rank, depth and axes of the M2P, benchmarks/results/scaling.json
+
+A result that is not there yet draws no figure.
 
 Grey text on no background: readable on a light and on a dark page.
 """
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt      # noqa: E402
+
+from benchmarks import scaling as study      # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks/results", ROOT / "assets"
@@ -59,6 +66,49 @@ def training():
     save(figure, "training.svg")
 
 
+def cost():
+    shipped = json.loads((RESULTS / "speed.json").read_text())["shipped"]
+    prepare = {int(key.split(" x ")[1]): row["ms"] for key, row in shipped["text to LoRA"].items() if key.startswith("1 x ")}
+    prompt = {int(key.split()[2]): row["first token ms"] for key, row in shipped["answering"].items() if key.startswith("text of ")}
+    lora = shipped["answering"]["LoRA in every product"]["first token ms"]
+    lengths = sorted(prepare.keys() & prompt.keys())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9))
+    left.plot(lengths, [prepare[n] for n in lengths], "o-", color="#2f80d0", markersize=3, label="text -> LoRA, once")
+    left.plot(lengths, [prompt[n] for n in lengths], "o-", color="#e08a2e", markersize=3, label="first token, text in the prompt")
+    left.axhline(lora, color="#2f80d0", linestyle="--", label="first token, LoRA")
+    left.set_ylabel("milliseconds")
+    pays = [(n, prepare[n] / (prompt[n] - lora)) for n in lengths if prompt[n] > lora]
+    right.plot(*zip(*pays), "o-", color="#2f80d0", markersize=3)
+    right.set_ylabel("questions until SHINE is ahead")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens in the text")
+    left.legend(frameon=False, fontsize=8)
+    save(figure, "cost.svg")
+
+
+def scaling():
+    cells = json.loads((RESULTS / "scaling.json").read_text())["cells"].values()
+    groups = {group: part for group, part in study.GROUPS.items() if group != "shared"}
+    figure, axes = plt.subplots(1, len(groups), figsize=(10, 2.8), sharey=True)
+    for axis, (group, part) in zip(axes, groups.items()):
+        found = {}
+        for value in dict.fromkeys([cell[group] for cell in part] + [study.SHARED[group]]):
+            if ems := [100 * c["em"] for c in cells if c["cell"] == study.SHARED | {group: value}]:
+                found[value] = ems
+        order = sorted(found) if all(isinstance(v, int) for v in found) else list(found)
+        spread = [statistics.stdev(found[v]) if len(found[v]) > 1 else 0 for v in order]
+        axis.errorbar([str(v).replace(" ", "\n") for v in order], [statistics.mean(found[v]) for v in order], spread, fmt="o", color="#2f80d0", ecolor=GREY)
+        axis.set_title(group.replace("_", " "), fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+    axes[0].set_ylabel("SHINE, exact match, %")
+    save(figure, "scaling.svg")
+
+
 if __name__ == "__main__":
     quality()
     training()
+    for draw, result in ((cost, "speed"), (scaling, "scaling")):
+        if (RESULTS / f"{result}.json").is_file():
+            draw()
