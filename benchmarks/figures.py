@@ -3,6 +3,7 @@
     assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
     assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
     assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
+    assets/precision.svg   loss in bf16 and in float32 on the same batches, benchmarks/results/precision.json
     assets/scaling.svg     exact match by size, rank, depth and axes of the M2P, benchmarks/results/scaling.json
 
 A result that is not there yet draws no figure.
@@ -22,7 +23,7 @@ from benchmarks import scaling as study      # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks/results", ROOT / "assets"
-SETS = {"generated": "generated", "strangers": "strangers'\n61 texts", "fairytaleqa": "FairytaleQA\nval", "squad_dev": "SQuAD\ndev", "babi_dev": "bAbI\ndev"}
+SETS = {"generated": "generated", "strangers": "strangers,\ndev", "strangers_test": "strangers,\ntest", "fairytaleqa": "FairytaleQA\nval", "squad_dev": "SQuAD\ndev", "babi_dev": "bAbI\ndev"}
 CONDITIONS = {"shine": ("SHINE", "#2f80d0"), "in-context": ("text in the prompt", "#e08a2e"), "question": ("question alone", "#8a8a8a")}
 GREY = "#808080"
 plt.rcParams |= {"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY,
@@ -88,6 +89,17 @@ def cost():
     save(figure, "cost.svg")
 
 
+def precision():
+    curves = json.loads((RESULTS / "precision.json").read_text())["losses"]
+    figure, axis = plt.subplots(figsize=(7.5, 2.6))
+    for (name, losses), style in zip(curves.items(), ({"color": "#e08a2e", "linewidth": 2.5, "alpha": 0.6}, {"color": "#2f80d0", "linewidth": 1})):
+        axis.plot([statistics.mean(losses[max(0, i - 10):i + 1]) for i in range(len(losses))], label=name, **style)
+    axis.set_xlabel("step (mean of the last 11)")
+    axis.set_ylabel("loss")
+    axis.legend(frameon=False)
+    save(figure, "precision.svg")
+
+
 def scaling():
     cells = json.loads((RESULTS / "scaling.json").read_text())["cells"].values()
     groups = {group: part for group, part in study.GROUPS.items() if group != "shared"}
@@ -109,6 +121,6 @@ def scaling():
 if __name__ == "__main__":
     quality()
     training()
-    for draw, result in ((cost, "speed"), (scaling, "scaling")):
+    for draw, result in ((cost, "speed"), (precision, "precision"), (scaling, "scaling")):
         if (RESULTS / f"{result}.json").is_file():
             draw()

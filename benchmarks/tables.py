@@ -13,7 +13,8 @@ from model import write_file
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 CONDITIONS = ("shine", "in-context", "question")
-SETS = {"strangers": "61 texts in the style of strangers", "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {length} tokens)",
+SETS = {"strangers": "61 texts in the style of strangers (dev: their errors were read)", "strangers_test": "60 texts by a writer who did not know the project (test)",
+        "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {length} tokens)",
         "squad_dev": "SQuAD (XQuAD English) dev"}
 
 
