@@ -1,5 +1,7 @@
 """Draw the README's figures from the committed results: python -m benchmarks.figures   (needs matplotlib)
 
+    python -m benchmarks.figures --log base=runs/base hypernetwork=runs/hyper      first keeps the evaluations of these runs in training.json
+
     assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
     assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
     assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
@@ -10,6 +12,7 @@ A result that is not there yet draws no figure.
 
 Grey text on no background: readable on a light and on a dark page.
 """
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -20,6 +23,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt      # noqa: E402
 
 from benchmarks import scaling as study      # noqa: E402
+from data import Parser      # noqa: E402
+from model import write_json      # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks/results", ROOT / "assets"
@@ -118,7 +123,20 @@ def scaling():
     save(figure, "scaling.svg")
 
 
+def keep(logs):
+    """NAME=RUN ... -> results/training.json: the evaluations that train.py logged."""
+    stages = {}
+    for name, _, folder in (log.partition("=") for log in logs):
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        stages[name] = [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]
+    write_json(RESULTS / "training.json", stages)
+
+
 if __name__ == "__main__":
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
+    if logs := parser.parse_args().log:
+        keep(logs)
     quality()
     training()
     for draw, result in ((cost, "speed"), (precision, "precision"), (scaling, "scaling")):

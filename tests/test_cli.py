@@ -17,7 +17,7 @@ from shine import DEFAULT_MODEL, Shine
 from train import evaluate
 
 TEXT = "Mara keeps a green parrot called Biscuit in the lighthouse."
-SHIPPED_EXACT_MATCH = 0.45     # asserted below, on 40 held-out texts; the README's table has the measured figures
+SHIPPED_EXACT_MATCH = 0.5     # asserted below, on 40 held-out texts; the README's table has the measured figures
 
 
 def shell(*arguments, stdin="", script="shine.py", cwd=ROOT, **options):
