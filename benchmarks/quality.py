@@ -47,22 +47,29 @@ def plain_start(shine, rows, seed=0):
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 
-def fit(shine, start, examples, steps, lr):
+def fit(shine, start, examples, steps, lr, dtype=None):
     """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
 
-    examples: for each text a list of (ids, weights), of which each step takes the next one.
+    examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
     """
     flat, r, c = start.clone().requires_grad_(), shine.config.r, shine.base.config
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
     for step in range(1, steps + 1):
         batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
         batch["weights"] /= batch["weights"].sum(1, keepdim=True)              # the mean of each row; the rows are added
+        shine.base.compute_dtype = dtype
         shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, cut(flat, c, r), total=1.0).backward()
+        shine.base.compute_dtype = None                                        # between steps LoRAs are scored
         norm = flat.grad.flatten(1).norm(dim=1)[:, None, None]                 # each row's own gradient is clipped at 1
         flat.grad.mul_((1 / norm.clamp(min=1e-12)).clamp(max=1.0))
         optimizer.step()
         optimizer.zero_grad()
         yield step, flat.detach()
+
+
+def train_dtype(shine):
+    """bf16 where the processor multiplies it, as in train.py; answers are given in the dtype of the weights."""
+    return pick_device(shine.device.type)[1]
 
 
 def conversation_rows(shine, record, count):
@@ -76,10 +83,10 @@ def text_rows(shine, record):
     return [(ids, [0.0] + [1.0] * (len(ids) - 1))]
 
 
-def trained(shine, records, kind, rates, group=50):
-    """{condition: flat LoRAs (rows, L, P)} of one kind ("sft", "ttt", "shine+ttt"), trained here group by group."""
-    out = {}
-    counts = SFT if kind == "sft" else (max(TTT),)
+def trained(shine, records, kind, rates, wanted=None, group=50):
+    """{condition: flat LoRAs (rows, L, P)} of one kind ("sft", "ttt", "shine+ttt"), trained here group by group. wanted: these counts only."""
+    out, wanted = {}, wanted or (SFT if kind == "sft" else TTT)
+    counts = wanted if kind == "sft" else (max(wanted),)
     for count in counts:
         if kind == "sft" and any(len(r.get("others", ())) < count for r in records):
             continue
@@ -87,8 +94,8 @@ def trained(shine, records, kind, rates, group=50):
             part = records[first:first + group]
             rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
             start = flatten(shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
-            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind]):
-                if kind != "sft" and step in TTT:
+            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine)):
+                if kind != "sft" and step in wanted:
                     out.setdefault(f"{kind} {step}", []).append(flat.clone())
             if kind == "sft":
                 out.setdefault(f"sft {count}", []).append(flat)
@@ -103,11 +110,12 @@ def score(shine, records, flat):
 
 
 def choose_rates(shine, records):
-    """The learning rate of each kind with the best F1 on other texts -> ({kind: lr}, {kind: {lr: F1}})."""
+    """The learning rate of each kind with the best F1 on other texts, at the count in the middle -> ({kind: lr}, {kind: {lr: F1}})."""
     tried = {}
-    for kind, last in (("sft", f"sft {max(SFT)}"), ("ttt", "ttt 30"), ("shine+ttt", "shine+ttt 30")):
+    for kind, count in (("sft", SFT[1]), ("ttt", TTT[3]), ("shine+ttt", TTT[3])):
         for lr in RATES:
-            rows = score(shine, records, trained(shine, records, kind, {kind: lr})[last])
+            (flat,) = trained(shine, records, kind, {kind: lr}, (count,)).values()
+            rows = score(shine, records, flat)
             tried.setdefault(kind, {})[lr] = round(100 * sum(r["f1"] for r in rows) / len(rows), 1)
     return {kind: max(f1, key=f1.get) for kind, f1 in tried.items()}, tried
 
@@ -121,7 +129,7 @@ def costs(shine, records, rates):
     generated = lambda r: flatten(shine.generate_lora(r["context"]))
 
     def training(kind, rows, steps, start=lambda r: plain_start(shine, 1)):
-        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind])][-1]
+        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind], train_dtype(shine))][-1]
 
     text = lambda r: text_rows(shine, r)
     ways = {"shine": (1, lambda r, n: generated(r)), "in-context": (0, None), "question": (0, None),
