@@ -123,7 +123,7 @@ def choose_rates(shine, records):
 def costs(shine, records, rates):
     """What a condition costs for one text and its first question, medians over records, one at a time (paper, section 7).
 
-    FLOPs and memory of a training are those of one step, the FLOPs times its steps.
+    Memory of a training is that of one step; FLOPs are those of the first step (with the start, where that is generated) and of as many second ones.
     """
     shine.requires_grad_(False)      # torch's counter follows modules by hooks, which fail on parameters met without a gradient
     generated = lambda r: flatten(shine.generate_lora(r["context"]))
@@ -143,7 +143,7 @@ def costs(shine, records, rates):
         for r in records:
             started = time.perf_counter()
             lora = cut(prepare(r, steps), shine.base.config, shine.config.r) if prepare else None
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started if prepare else 0.0
             talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
             ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
             times = [time.perf_counter()]
@@ -154,11 +154,14 @@ def costs(shine, records, rates):
             row = {"prepare s": seconds, "first token s": times[1] - times[0], "tokens/s": 15 / (times[-1] - times[1]), "prompt tokens": ids.shape[1],
                    "GFLOP of the prompt": first.get_total_flops() / 1e9, "GFLOP to prepare": 0.0, "MiB to prepare": 0.0}
             if prepare:
-                with FlopCounterMode(display=False) as counter:
-                    prepare(r, 1)
+                done = []
+                for n in (1, min(2, steps)):
+                    with FlopCounterMode(display=False) as counter:
+                        prepare(r, n)
+                    done.append(counter.get_total_flops() / 1e9)
                 with Peak(shine) as live:
                     prepare(r, 1)
-                row |= {"GFLOP to prepare": counter.get_total_flops() / 1e9 * steps, "MiB to prepare": live.peak / 2 ** 20}
+                row |= {"GFLOP to prepare": done[0] + (steps - 1) * (done[1] - done[0]), "MiB to prepare": live.peak / 2 ** 20}
             rows.append(row)
         table[name] = {k: float(f"{np.median([row[k] for row in rows]):.4g}") for k in rows[0]}
     return table

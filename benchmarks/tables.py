@@ -64,7 +64,7 @@ def baselines():
     lines = ["| | EM | F1 | seconds to prepare | GFLOP to prepare | MiB to prepare | tokens in the prompt | ms to the first token |", "|---|---|---|---|---|---|---|---|"]
     for condition, scored in result["conditions"].items():
         kind, _, count = condition.partition(" ")
-        title = names.get(condition) or {"sft": f"SFT on {count} conversations", "ttt": f"TTT, {count} steps", "shine+ttt": f"SHINE + TTT, {count} steps"}[kind]
+        title = names.get(condition) or {"sft": f"SFT, conversations: {count}", "ttt": f"TTT, steps: {count}", "shine+ttt": f"SHINE + TTT, steps: {count}"}[kind]
         cost = result["costs"].get(condition)
         costs = (f"{cost['prepare s']:.3g}", f"{cost['GFLOP to prepare']:.3g}", f"{cost['MiB to prepare']:.3g}", f"{cost['prompt tokens']:.0f}",
                  f"{1000 * cost['first token s']:.1f}") if cost else ("",) * 5
