@@ -857,6 +857,7 @@ class Miner:
     TIMES = words("morning afternoon evening night day week month year time moment hour minute winter summer spring autumn while end way")
     PLACES = {"in": "", "at": ""} | {p: p + " " for p in ("on", "under", "near", "behind", "beside", "inside")}      # what of them the answer repeats
     GOING = words("go come walk run fly move travel ride drive sail hurry climb swim jump fall")
+    del words
 
     NAME = r"[A-Z][a-z]+(?: [A-Z][a-z]+)*"
     ARTICLE = r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Ii]ts|[Yy]our|[Ss]ome)"
@@ -911,7 +912,7 @@ class Miner:
         words = phrase.split()
         first = words[0].lower() if words else ""
         return bool(self.THING.fullmatch(phrase)) and words[-1] not in self.PREPOSITIONS | self.ADVERBS and words[-1][-2:] != "ly" and not (place and words[-1] in self.TIMES) \
-            and (first not in self.COMMON - self.PRONOUNS or first in self.ARTICLES | self.NUMBERS) and first not in self.PRONOUNS
+            and (first in self.ARTICLES | self.NUMBERS or first not in self.COMMON)
 
     def is_subject(self, phrase):
         """Whether a phrase can be a subject: a pronoun, an article with a noun, a name that is no common word."""
@@ -1054,15 +1055,18 @@ class Examples:
 
     def record(self, rng, count=1):
         """A text and up to `count` conversations about it, (context, [turns]): generated, or real."""
+        found = None
         if rng.random() < self.record_share:
             record = rng.choice(rng.choice(self.records))
             turns = [(t["role"], t["content"]) for t in record["conversations"]]
             context, pairs = excerpt(record["context"], [turns[i:i + 2] for i in range(0, len(turns), 2)], 3 * self.context_length, rng)
             if len(pairs) > 8:
                 pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
-            return context, [[turn for pair in pairs[i::count] for turn in pair] for i in range(min(count, len(pairs)))]
-        if self.long and rng.random() < self.mined_share and (mined := self.mine(rng)):
-            context, pairs = mined
+            found = context, pairs
+        elif self.long and rng.random() < self.mined_share:
+            found = self.mine(rng)
+        if found:
+            context, pairs = found
             return context, [[turn for pair in pairs[i::count] for turn in pair] for i in range(min(count, len(pairs)))]
         again = 0.85 if rng.random() < self.rival_share else 0.35
         if count == 1:

@@ -53,7 +53,7 @@ def quality():
     config = json.loads((ROOT / "checkpoints/tiny/hypernet.json").read_text())
     results = {"generated": generated} | {name: read(f"quality_{name}")["conditions"] for name in SETS}
     lines += [row(title.format(length=config["context_length"]), results[name]) for name, title in SETS.items()]
-    f1 = ", ".join(f"{name.split('_')[0]} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, r in results.items())
+    f1 = ", ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, r in results.items())
     return "\n".join(lines) + f"\n\nF1 (SHINE / text in the prompt / question alone): {f1}.\n" \
         f"Reconstruction of the same generated texts: {read('quality_generated')['reconstruction token accuracy']:.1f} % of tokens."
 
