@@ -289,3 +289,15 @@ def test_mined_examples_answer_from_their_piece_or_say_so(tokenizer):
             assert answer == data.UNKNOWN or answer.lower() in piece.lower()
             unknown += answer == data.UNKNOWN
     assert unknown
+
+
+def test_rivals_say_one_thing_of_several_people(tokenizer, monkeypatch):
+    """With --rival-share more of a text's facts come from one frame."""
+    def repeats(share):
+        examples, facts = Examples("finetune", tokenizer, 400, 900, rival_share=share), []
+        monkeypatch.setattr(data.Source, "questions", lambda self, found, rng, real=data.Source.questions: facts.append([f.frame.name for f in found]) or real(self, found, rng))
+        for i in range(60):
+            examples.record(random.Random(i))
+        monkeypatch.undo()
+        return sum(len(names) - len(set(names)) for names in facts) / sum(map(len, facts))
+    assert repeats(1.0) > 1.3 * repeats(0.0)
