@@ -270,7 +270,7 @@ class KVCache:
 
     def __init__(self, config, batch, length, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         self.mask = None                                  # (B, length), True where a real token stands; None: everywhere
         self.used, self.length = 0, length
 
@@ -452,27 +452,30 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------------ generation
     @torch.inference_mode()
     def generate(self, input_ids, attention_mask=None, lora=None, max_new_tokens=64, stop=(), temperature=0.0, top_k=0,
-                 top_p=1.0, seed=0):
+                 top_p=1.0, seed=0, decoder=None):
         """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
 
         temperature 0 is greedy. A row that has given a token in `stop` goes on giving it; the generator ends when all
-        rows have, or after max_new_tokens.
+        rows have, or after max_new_tokens. decoder: a Decoder of this model and LoRA that was made before (one is made here
+        where it pays).
         """
         B, T = input_ids.shape
         p = self.model.norm.weight
-        cache = KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
+        if decoder is None and attention_mask is None and max_new_tokens > 8 and Decoder.suits(self, lora):
+            decoder = Decoder(self, lora)
+        cache = decoder.room(B, T + max_new_tokens) if decoder else KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
         generator = torch.Generator(p.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop), device=p.device)
         done, last = torch.zeros(B, dtype=torch.bool, device=p.device), None
-        for _ in range(max_new_tokens):
-            hidden = self.hidden(input_ids, attention_mask, lora, cache)[:, -1]
-            token = pick(self.head(hidden).float(), temperature, top_k, top_p, generator)
+        logits = self.head(self.hidden(input_ids, attention_mask, lora, cache)[:, -1])
+        for i in range(max_new_tokens):
+            token = pick(logits.float(), temperature, top_k, top_p, generator)
             token = torch.where(done, last, token) if last is not None else token
             yield token
             done, last = done | torch.isin(token, stops), token
-            if len(stop) and bool(done.all()):
+            if len(stop) and bool(done.all()) or i + 1 == max_new_tokens:
                 return
-            input_ids, attention_mask = token[:, None], None
+            logits = decoder(token) if decoder else self.head(self.hidden(token[:, None], None, lora, cache)[:, -1])
 
     @contextmanager
     @torch.no_grad()
@@ -518,6 +521,127 @@ class LanguageModel(nn.Module):
         model.load_state_dict(tensors, assign=True)
         model.name = Path(folder).resolve().name
         return model
+
+
+class Decoder:
+    """One more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured in benchmarks/speed.py).
+
+    Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
+    started. Here the products of one input are one product (q, k, v; gate, up), a LoRA is merged into a float32 copy of the weights, and
+    on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise. On a GPU
+    the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`.
+    """
+
+    @staticmethod
+    def suits(model, lora):
+        """Whether the copy pays: float32 weights on a CPU that stay small, or a GPU; and one LoRA for all rows, or none."""
+        p, size = model.model.norm.weight, sum(p.numel() for p in model.model.layers.parameters())
+        one = not lora or all(A.dim() == 2 or len(A) == 1 for layer in lora for A, _ in layer.values())
+        return one and (p.is_cuda or p.dtype == torch.float32 and size < 2 ** 26)
+
+    def __init__(self, model, lora=None):
+        p = model.model.norm.weight
+        self.model, self.config, self.lora, self.dtype, self.device = model, model.config, lora, model.compute_dtype or p.dtype, p.device
+        self.layers = self.cache = self.graph = None
+        self.at = torch.zeros(1, dtype=torch.long, device=p.device)
+
+    def join(self):
+        """Copy the weights, at the first step: an answer of one token needs none."""
+        c, model, p = self.config, self.model, self.model.model.norm.weight
+        outs = [c.hidden_size, 2 * c.intermediate_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, c.vocab_size]
+        self.parts = math.gcd(1 if p.is_cuda else torch.get_num_threads(), *outs)
+
+        def joined(layer, pairs, *names):
+            """W^T of linears side by side, in parts, (P, in, out / P); A (in, names * r) and B (names * r, out) where it is bf16: the
+            sum W + A B would round away what is small beside W."""
+            pairs = [pairs[n] for n in names] if pairs else []
+            A, B = ([pair[i].reshape(pair[i].shape[-2:]).float() for pair in pairs] for i in (0, 1))
+            W = torch.cat([layer.get_submodule(n).weight.T for n in names], 1).to(self.dtype)
+            if pairs and self.dtype == torch.float32:
+                W += torch.cat([a @ b for a, b in zip(A, B)], 1)
+            if not pairs or self.dtype == torch.float32:
+                return self.cut(W), None, None
+            return self.cut(W), torch.cat(A, 1).to(self.dtype), torch.block_diag(*B).to(self.dtype)
+        # RMSNorm is x w sqrt(n) / sqrt(|x|^2 + n eps): w sqrt(n) at once, and for q the scale of the scores too
+        norm = lambda module, *heads, scale=1.0: (module.weight.float() * math.sqrt(len(module.weight)) * scale).to(self.dtype).expand(*heads, -1)
+        self.eps = {n: torch.full((1,), n * c.rms_norm_eps, device=p.device) for n in (c.hidden_size, c.head_dim)}
+        self.layers = []
+        for i, layer in enumerate(model.model.layers):
+            pairs, attention = self.lora[i] if self.lora else {}, layer.self_attn
+            self.layers.append((
+                norm(layer.input_layernorm), joined(layer, pairs, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                torch.cat((norm(attention.q_norm, c.num_attention_heads, scale=c.head_dim ** -0.5), norm(attention.k_norm, c.num_key_value_heads))),
+                joined(layer, pairs, "self_attn.o_proj"), norm(layer.post_attention_layernorm),
+                joined(layer, pairs, "mlp.gate_proj", "mlp.up_proj"), joined(layer, pairs, "mlp.down_proj")))
+        output = (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head).weight
+        self.last, self.output = norm(model.model.norm), (self.cut(output.T.to(self.dtype)), None, None)
+
+    def cut(self, W):
+        """(in, out) -> (P, in, out / P)"""
+        return W.reshape(len(W), self.parts, -1).transpose(0, 1).contiguous()
+
+    def room(self, batch, length):
+        """An empty cache for so many rows and tokens: the one from before where that is large enough."""
+        if self.cache is None or self.cache.length < length or self.cache.keys.shape[1] != batch:
+            self.cache, self.graph = KVCache(self.config, batch, -(-length // 128) * 128, self.dtype, self.device), None
+            angles = rope(torch.arange(self.cache.length, device=self.device)[None], self.config.head_dim, self.config.rope_theta)
+            self.angles = [t[0, 0].to(self.dtype) for t in angles]                                    # cos, sin: (length, head_dim)
+        self.cache.used = 0
+        return self.cache
+
+    @torch.inference_mode()
+    def __call__(self, token):
+        """token (B,), which continues what the cache holds -> logits (B, V)."""
+        if self.layers is None:
+            self.join()
+        self.at.fill_(self.cache.used)
+        self.cache.used += 1
+        if self.device.type != "cuda":
+            return self.step(token, self.cache.used)
+        if self.graph is None:
+            self.token = token.clone()
+            self.step(self.token, None)                    # once outside the graph: libraries set themselves up
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step(self.token, None)
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
+
+    def step(self, token, end):
+        """token (B,) at position `at` -> logits (B, V). It sees the cache up to `end`; None: all of it, the rest masked."""
+        c, B = self.config, len(token)
+        heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        cos, sin = (t.index_select(0, self.at) for t in self.angles)
+        bias = None
+        if end is None:
+            later = torch.arange(self.cache.length, device=self.device) > self.at
+            bias = torch.zeros(1, self.cache.length, dtype=self.dtype, device=self.device).masked_fill_(later, float("-inf"))
+        x = self.model.model.embed_tokens(token).to(self.dtype)                                      # (B, H)
+        for (norm1, qkv, norm_qk, o, norm2, gate_up, down), keys, values in zip(self.layers, self.cache.keys, self.cache.values):
+            y = self.product(self.norm(x, norm1), qkv).view(B, -1, D)                                # the heads of q, k, v
+            qk = self.norm(y[:, :heads + kv], norm_qk)
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+            keys.index_copy_(2, self.at, qk[:, heads:, None])
+            values.index_copy_(2, self.at, y[:, heads + kv:, None])
+            q = qk[:, :heads].reshape(B, kv, heads // kv, D)                                         # heads of one group: rows over the same keys
+            scores = q @ keys[:, :, :end].mT
+            y = torch.softmax(scores if bias is None else scores + bias, -1) @ values[:, :, :end]
+            x = x + self.product(y.reshape(B, heads * D), o)
+            gate, up = self.product(self.norm(x, norm2), gate_up).chunk(2, -1)
+            x = x + self.product(F.silu(gate) * up, down)
+        return self.product(self.norm(x, self.last), self.output)
+
+    def norm(self, x, weight):
+        """RMSNorm with the constants of join in the weight."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x * torch.addcmul(self.eps[x.shape[-1]], size, size).rsqrt_().to(x.dtype) * weight
+
+    def product(self, x, linear):
+        """x (B, in) -> (B, out); linear: what join made."""
+        W, A, B = linear
+        y = torch.bmm(x.expand(len(W), *x.shape), W).transpose(0, 1).reshape(len(x), -1)
+        return y if A is None else y + x @ A @ B
 
 
 def pick(logits, temperature, top_k, top_p, generator):

@@ -34,7 +34,7 @@ from torch import nn
 
 from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
-from model import (LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
+from model import (Decoder, LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
                    new_folder, read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/tiny"
@@ -386,6 +386,7 @@ class Conversation:
         self.shine, self.lora = shine, lora
         self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
         self.max_new_tokens, self.sampling, self.turns, self.dropped = max_new_tokens, sampling, [], 0
+        self.decoder = Decoder(shine.base, lora) if Decoder.suits(shine.base, lora) else None      # one for all turns
 
     def prompt(self, question):
         """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
@@ -405,20 +406,17 @@ class Conversation:
     def stream(self, question):
         """Yield the answer in pieces; what was yielded is the turn in the history, also when the caller stops early."""
         tokenizer, base = self.shine.tokenizer, self.shine.base
-        merge = base.model.norm.weight.dtype == torch.float32      # bf16 weights would swallow what is small beside them
         ids = torch.tensor([self.prompt(question)], device=self.shine.device)
         answer, said = [], ""
         try:
-            with base.merged(self.lora if merge else None):
-                for token in base.generate(ids, None, None if merge else self.lora, self.max_new_tokens, tokenizer.stops,
-                                           **self.sampling):
-                    if int(token) in tokenizer.stops:
-                        break
-                    answer.append(int(token))
-                    text = tokenizer.decode(answer)
-                    if not text.endswith("\ufffd"):          # a character may take several tokens
-                        yield text[len(said):]
-                        said = text
+            for token in base.generate(ids, None, self.lora, self.max_new_tokens, tokenizer.stops, decoder=self.decoder, **self.sampling):
+                if int(token) in tokenizer.stops:
+                    break
+                answer.append(int(token))
+                text = tokenizer.decode(answer)
+                if not text.endswith("\ufffd"):          # a character may take several tokens
+                    yield text[len(said):]
+                    said = text
             yield tokenizer.decode(answer)[len(said):]       # bytes that never became a character
         finally:
             self.turns += [("user", question), ("assistant", tokenizer.decode(answer))]

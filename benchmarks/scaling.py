@@ -6,7 +6,7 @@
 
 Every cell is a hypernetwork from new, trained on the same samples with the same settings but for the one thing its group
 changes; the cell that all groups share stands first. A cell that the JSON has already is not run again, so that a stopped
-study goes on where it was. Scored by train.py on unseen generated texts; the curves are kept.
+study goes on where it was, and two processes may share a JSON, each with its own groups and --out. Scored by train.py on unseen generated texts; the curves are kept.
 """
 import argparse
 import json
@@ -67,21 +67,21 @@ def measure(cell, seed, args, data):
     common = ["--seed", seed, "--eval-every", max(1, args.steps // 4), "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
               "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)]}[cell["order"]]
-    started, model, log = time.perf_counter(), args.out / "fresh", []
+    started, model, log, samples = time.perf_counter(), args.out / "fresh", [], 0
     for stage, share, steps in phases:
         shutil.rmtree(out, ignore_errors=True)
         more = ["--question-share", share, *sizes] if stage == "pretrain" else []
-        log += call(out, "--stage", stage, "--model", model, "--steps", steps, *more, *common)
+        lines = call(out, "--stage", stage, "--model", model, "--steps", steps, *more, *common)
+        log, samples = log + lines, samples + max(line.get("samples", 0) for line in lines)
         if len(phases) > 1:
             model = args.out / "first"
             shutil.rmtree(model, ignore_errors=True)
             out.rename(model)
     metrics = [line for line in log if "unseen" in line]
     last, first = metrics[-1]["unseen"], metrics[0]["unseen"]
-    trained = sum(steps for _, _, steps in phases) * 32
     return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": last["loss"], "reconstruction": last["reconstruction"],
             "in-context": first["in-context"]["em"], "question": first["question"]["em"], "minutes": round((time.perf_counter() - started) / 60, 2),
-            "samples": trained, "curve": [[line["samples"], line["unseen"]["shine"]["em"], line["unseen"]["loss"]] for line in metrics]}
+            "samples": samples, "curve": [[line["samples"], line["unseen"]["shine"]["em"], line["unseen"]["loss"]] for line in metrics]}
 
 
 def table(results):
@@ -125,7 +125,10 @@ def main(argv=None):
                 if name(SHARED | cell, seed) in results["cells"] or time.perf_counter() - started > 60 * args.limit_minutes:
                     continue
                 args.out.mkdir(parents=True, exist_ok=True)
-                results["cells"][name(SHARED | cell, seed)] = row = {"cell": SHARED | cell, "seed": seed} | measure(cell, seed, args, data)
+                row = {"cell": SHARED | cell, "seed": seed} | measure(cell, seed, args, data)
+                if Path(args.json).is_file():      # another process may have added cells of other groups
+                    results = read_json(args.json)
+                results["cells"][name(SHARED | cell, seed)] = row
                 write_json(args.json, results)
                 print(f"{name(cell or SHARED, seed)}: {row['em']:.3f} SHINE, {row['reconstruction']:.3f} reconstruction, {row['minutes']} minutes", flush=True)
     print(table(results))

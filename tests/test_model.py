@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import close
-from model import (PRESETS, Config, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout, lora_size,
+from model import (PRESETS, Config, Decoder, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout, lora_size,
                    map_lora, pick)
 from train import save_base
 
@@ -136,6 +136,36 @@ def test_greedy_generation_is_the_argmax_of_full_passes_also_for_padded_rows(bas
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
     got = torch.stack(list(base.generate(padded, mask, lora, max_new_tokens=6)), 1)
     assert got.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype, device, rows):
+    base = LanguageModel(Config(tie_word_embeddings=rows == 1)).to(device, dtype)
+    lora, _ = random_lora(base.config)
+    lora, ids = map_lora(lambda t: t.to(device), lora), ids[:rows].to(device)
+    decoder = Decoder(base, lora)
+    for length in (5, 7):                                                     # the second conversation goes on in the same cache
+        cache = decoder.room(rows, 40)
+        with torch.inference_mode():
+            base.hidden(ids[:, :length], None, lora, cache)
+            for t in range(length, 9):
+                expected = base(ids[:, :t + 1], None, lora)[:, -1]
+                static = decoder.cache.used
+                assert close(decoder(ids[:, t]), expected, 1e-5 if dtype == torch.float32 else 0.03)
+                assert close(decoder.step(ids[:, t], None), expected, 1e-5 if dtype == torch.float32 else 0.03)      # as a CUDA graph holds it
+                assert decoder.cache.used == static + 1
+
+
+def test_generation_with_and_without_a_decoder_is_the_same(base, ids, monkeypatch):
+    lora, _ = random_lora(base.config)
+    joined = []
+    monkeypatch.setattr(Decoder, "join", lambda self, join=Decoder.join: joined.append(self) or join(self))
+    fast = torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1)
+    assert len(joined) == 1
+    monkeypatch.setattr(Decoder, "suits", lambda *a: False)
+    assert torch.equal(torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1), fast) and len(joined) == 1
 
 
 def test_stop_tokens_end_a_row_and_then_the_generator(base, ids):
