@@ -510,7 +510,8 @@ def main(argv=None):
 
     def stream(start):
         return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None,
-                                                num_workers=args.workers, generator=torch.Generator(), prefetch_factor=8 if args.workers else None))
+                                                num_workers=args.workers, generator=torch.Generator(), prefetch_factor=8 if args.workers else None,
+                                                pin_memory=device.type == "cuda"))
 
     data, bad, next_eval, next_save, waited = stream(state["step"] * args.accumulate), 0, None, None, 0.0
     started = last = time.perf_counter()
@@ -541,6 +542,7 @@ def main(argv=None):
         t = time.perf_counter()
         micro = [next(data) for _ in range(args.accumulate)]
         waited += time.perf_counter() - t
+        tokens = sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
         micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
         total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
         if world > 1:
@@ -559,10 +561,11 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        norms = {name: nn.utils.clip_grad_norm_(params, args.clip) for name, params in clips.items()}
-        if not math.isfinite(loss.item()) or not all(math.isfinite(n.item()) for n in norms.values()):
+        norms = [nn.utils.clip_grad_norm_(params, args.clip) for params in clips.values()]
+        loss, *norms = torch.stack([loss, *norms]).tolist()      # the one time in a step that the host waits for a GPU
+        if not all(map(math.isfinite, (loss, *norms))):
             bad += 1
-            say(f"step {state['step']}: loss {loss.item()}, gradient norms {[round(n.item(), 2) for n in norms.values()]}; step skipped")
+            say(f"step {state['step']}: loss {loss}, gradient norms {[round(n, 2) for n in norms]}; step skipped")
             if bad == 5:
                 raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
         else:
@@ -572,19 +575,17 @@ def main(argv=None):
         module.zero_grad(set_to_none=True)
 
         now = time.perf_counter()
-        tokens = sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
         state["step"] += 1
         state["samples"] += args.batch * args.accumulate * world
         state["tokens"] += tokens * world
         state["seconds"] = before + now - started
         if rank == 0:
             left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")
-            say(f"step {state['step']:5d}  loss {loss.item():.4f}  lr {lr:.2e}  norm "
-                + "/".join(f"{n.item():.2f}" for n in norms.values())
+            say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
                 + f"  {tokens * world / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
-            log.write(json.dumps({"step": state["step"], "loss": round(loss.item(), 6) if math.isfinite(loss.item()) else None, "lr": lr, "tokens": tokens * world,
+            log.write(json.dumps({"step": state["step"], "loss": round(loss, 6) if math.isfinite(loss) else None, "lr": lr, "tokens": tokens * world,
                                   "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
-                                  "norms": {k: round(n.item(), 4) for k, n in norms.items()}}) + "\n")
+                                  "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
         last = now
     say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}")
     if world > 1:

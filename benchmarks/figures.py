@@ -3,6 +3,7 @@
     python -m benchmarks.figures --log base=runs/base hypernetwork=runs/hyper      first keeps the evaluations of these runs in training.json
 
     assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
+    assets/groups.svg      the generated texts by facts, length and turn, benchmarks/results/quality_generated.json
     assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
     assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
     assets/precision.svg   loss in bf16 and in float32 on the same batches, benchmarks/results/precision.json
@@ -55,6 +56,24 @@ def quality():
     save(figure, "quality.svg")
 
 
+def groups():
+    result = json.loads((RESULTS / "quality_generated.json").read_text())["conditions"]
+    names = list(result["shine"]["groups"])
+    panels = (("facts in the text", [n for n in names if n.endswith((" facts", "1 fact")) and n[0].isdigit()]),
+              ("tokens in the text", [n for n in names if n.startswith("text of")]), ("question of the conversation", [n for n in names if n.startswith("turn ")]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.8), sharey=True)
+    for axis, (title, part) in zip(axes, panels):
+        part = [n for n in part if result["shine"]["groups"][n]["em"]["questions"] >= 20]
+        ticks = [n.replace("text of ", "").replace(" tokens", "").replace(" or more", "+").replace("turn ", "").replace(" facts", "").replace(" fact", "").replace(" to ", "\n-") for n in part]
+        for condition, (label, color) in CONDITIONS.items():
+            axis.plot(ticks, [result[condition]["groups"][n]["em"]["mean"] for n in part], "o-", color=color, label=label, markersize=3)
+        axis.set_xlabel(title)
+        axis.set_ylim(0, 100)
+    axes[0].set_ylabel("exact match, %")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center right")
+    save(figure, "groups.svg")
+
+
 def training():
     stages = json.loads((RESULTS / "training.json").read_text())
     figure, axes = plt.subplots(1, len(stages), figsize=(7.5, 2.8), sharey=True)
@@ -76,7 +95,7 @@ def cost():
     shipped = json.loads((RESULTS / "speed.json").read_text())["shipped"]
     prepare = {int(key.split(" x ")[1]): row["ms"] for key, row in shipped["text to LoRA"].items() if key.startswith("1 x ")}
     prompt = {int(key.split()[2]): row["first token ms"] for key, row in shipped["answering"].items() if key.startswith("text of ")}
-    lora = shipped["answering"]["LoRA in every product"]["first token ms"]
+    lora = shipped["answering"]["LoRA, as a conversation does it"]["first token ms"]
     lengths = sorted(prepare.keys() & prompt.keys())
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9))
     left.plot(lengths, [prepare[n] for n in lengths], "o-", color="#2f80d0", markersize=3, label="text -> LoRA, once")
@@ -108,18 +127,26 @@ def precision():
 def scaling():
     cells = json.loads((RESULTS / "scaling.json").read_text())["cells"].values()
     groups = {group: part for group, part in study.GROUPS.items() if group != "shared"}
-    figure, axes = plt.subplots(1, len(groups), figsize=(10, 2.8), sharey=True)
-    for axis, (group, part) in zip(axes, groups.items()):
+    figure, rows = plt.subplots(2, len(groups), figsize=(11, 5), sharey="row")
+    for axis, below, (group, part) in zip(*rows, groups.items()):
         found = {}
         for value in dict.fromkeys([cell[group] for cell in part] + [study.SHARED[group]]):
-            if ems := [100 * c["em"] for c in cells if c["cell"] == study.SHARED | {group: value}]:
-                found[value] = ems
+            if same := [c for c in cells if c["cell"] == study.SHARED | {group: value}]:
+                found[value] = same
         order = sorted(found) if all(isinstance(v, int) for v in found) else list(found)
-        spread = [statistics.stdev(found[v]) if len(found[v]) > 1 else 0 for v in order]
-        axis.errorbar([str(v).replace(" ", "\n") for v in order], [statistics.mean(found[v]) for v in order], spread, fmt="o", color="#2f80d0", ecolor=GREY)
+        ems = [[100 * c["em"] for c in found[v]] for v in order]
+        spread = [statistics.stdev(part) if len(part) > 1 else 0 for part in ems]
+        axis.errorbar([str(v).replace(" ", "\n") for v in order], [statistics.mean(part) for part in ems], spread, fmt="o", color="#2f80d0", ecolor=GREY)
         axis.set_title(group.replace("_", " "), fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
-    axes[0].set_ylabel("SHINE, exact match, %")
+        for i, value in enumerate(order):      # the means over seeds, point by point
+            points = [[statistics.mean(column) for column in zip(*same)] for same in zip(*(c["curve"] for c in found[value]))]
+            below.plot([samples / 1000 for samples, _, _ in points], [100 * em for _, em, _ in points], "o-", markersize=2, label=str(value),
+                       color=plt.cm.viridis(i / max(1, len(order) - 1)))
+        below.legend(frameon=False, fontsize=7)
+        below.set_xlabel("thousand samples")
+    for axis in rows[:, 0]:
+        axis.set_ylabel("SHINE, exact match, %")
     save(figure, "scaling.svg")
 
 
@@ -138,6 +165,7 @@ if __name__ == "__main__":
     if logs := parser.parse_args().log:
         keep(logs)
     quality()
+    groups()
     training()
     for draw, result in ((cost, "speed"), (precision, "precision"), (scaling, "scaling")):
         if (RESULTS / f"{result}.json").is_file():

@@ -1,12 +1,12 @@
 """What this implementation costs, and how far that is from what the machine can do.
 
-    python -m benchmarks.speed [--json OUT] [--size shipped|reference|qwen3-0.6b ...] [--quick]
+    python -m benchmarks.speed [--json OUT] [--size shipped|reference|qwen3-0.6b ...] [--quick]      sizes that OUT has already stay in it
 
 Medians of several runs after warm-up; FLOP/s achieved are beside the machine's own matrix product in the same dtype. FLOPs
 are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random except for `shipped`.
 
     size         hidden  layers  heads (kv)  ffn   vocabulary  r  meta rank
-    shipped      192     6       6 (3)       512   8192        4  8         checkpoints/tiny
+    shipped      192     6       6 (3)       512   8192        4  64        checkpoints/tiny
     small        384     12      6 (3)       1024  8192        4  8         train.py --preset small
     reference    256     8       4 (2)       768   4096        4  32        the size the paper's own code was timed at
     qwen3-0.6b   1024    28      16 (8)      3072  151936      8  128       bf16 weights
@@ -27,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Ids, Parser, run
-from model import PRESETS, QWEN3, Config, LanguageModel, lora_layout, pick_device, write_json
+from model import PRESETS, QWEN3, Config, Decoder, LanguageModel, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,20 @@ def median(call, runs=5, warm=2, seconds=60):
 def matmul_rate(dtype, device, n=2048):
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
     return 2 * n ** 3 / median(lambda: a @ b, 7)
+
+
+def read_rate(device, size=2 ** 28):
+    """Bytes a second of summing up what fits no cache."""
+    big = torch.ones(size, dtype=torch.int32, device=device).view(torch.float32)
+    return big.nbytes / median(lambda: big.sum(), 7)
+
+
+def peak_memory(size, B, N, S):
+    """GiB of a process that makes two training steps on the CPU, Python and torch included."""
+    code = (f"from benchmarks.speed import *; device, dtype, _ = pick_device('cpu'); shine = build({size!r}, device, dtype);"
+            f"optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True); batch = batch_of({B}, {N}, {S}, shine.base.config.vocab_size, device);"
+            "step(shine, batch, optimizer); step(shine, batch, optimizer); print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")      # getrusage would count the parent
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout) / 2 ** 20
 
 
 def build(size, device, dtype):
@@ -121,6 +135,11 @@ def training(size, device, dtype, shapes, rate):
         rows[f"{B} x ({N} + {S})"] = {
             "seconds": seconds, "samples/s": B / seconds, "tokens/s": B * (N + S) / seconds, "of matmul rate": formula / seconds / rate,
             "formula / counter": formula / counter.get_total_flops()}
+        if device.type == "cuda":
+            rows[f"{B} x ({N} + {S})"]["peak GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        else:
+            del shine, optimizer
+            rows[f"{B} x ({N} + {S})"]["peak GiB"] = peak_memory(size, B, N, S)
     return rows
 
 
@@ -147,6 +166,8 @@ def reading(shine, lengths, batches=(1, 16)):
     rows = {}
     for B in batches:
         for N in lengths:
+            if B > 1 and N > 1024 and rows[f"{B} x 1024"]["ms"] > 3000:      # minutes on a CPU, and nothing new
+                continue
             ids = torch.randint(5, shine.base.config.vocab_size, (B, N), device=shine.device)
             states = shine.read(ids)
             total = median(lambda: shine.generate_lora(ids, None), 5, 1, 30)
@@ -157,26 +178,27 @@ def reading(shine, lengths, batches=(1, 16)):
 
 
 @torch.no_grad()
-def answering(shine, lengths, new=64, prompt=32):
-    """A question of 32 tokens, 64 new ones: with the LoRA (merged, unmerged, 16 at once), and with texts of these lengths in the prompt."""
+def answering(shine, lengths, bandwidth, new=64, prompt=32):
+    """A question of 32 tokens, 64 new ones: with the LoRA (merged, unmerged, 16 at once), and with texts of these lengths in the prompt.
+
+    "of the bandwidth": bytes of the weights times steps a second, over what the machine reads a second (`read_rate`).
+    """
     base, V = shine.base, shine.base.config.vocab_size
+    weights = sum(p.nbytes for n, p in base.named_parameters() if base.config.tie_word_embeddings or "embed" not in n)
     lora = shine.generate_lora(torch.randint(5, V, (1, 64), device=shine.device), None)
     many = shine.generate_lora(torch.randint(5, V, (16, 64), device=shine.device), None)
 
-    def timed(ids, with_lora=None):
-        def first():
-            next(base.generate(ids, None, with_lora, new))
-        return {"first token ms": 1000 * median(first, 5, 1, 20),
-                "tokens/s": len(ids) * new / median(lambda: list(base.generate(ids, None, with_lora, new)), 3, 1, 30)}
+    def timed(ids, with_lora=None, **options):
+        tokens = lambda: base.generate(ids, lora=with_lora, max_new_tokens=new, **options)
+        first, all_of_them = median(lambda: next(tokens()), 5, 1, 20), median(lambda: list(tokens()), 3, 1, 30)
+        return {"first token ms": 1000 * first, "tokens/s": len(ids) * new / all_of_them,
+                "of the bandwidth": (new - 1) / (all_of_them - first) * weights / bandwidth}
     ask = torch.randint(5, V, (1, prompt), device=shine.device)
-    rows = {}
-    if base.model.norm.weight.dtype == torch.float32 or shine.device.type == "cuda":
-        with base.merged(lora):
-            rows["LoRA merged"] = timed(ask)
-    rows["LoRA in every product"] = timed(ask, lora)
-    rows["16 questions, 16 LoRAs"] = timed(ask.expand(16, -1).contiguous(), many)
-    rows["no LoRA"] = timed(ask)
-    for n in lengths:
+    by_layer = {"attention_mask": torch.ones_like(ask)}          # rows that may be padded go layer by layer
+    rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=Decoder(base, lora) if Decoder.suits(base, lora) else None),
+            "LoRA, layer by layer": timed(ask, lora, **by_layer), "no LoRA, layer by layer": timed(ask, **by_layer),
+            "16 questions, 16 LoRAs": timed(ask.expand(16, -1).contiguous(), many)}
+    for n in (0, *lengths):
         rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device))
     return rows
 
@@ -234,19 +256,19 @@ def main(argv=None):
     device, dtype, why = pick_device(args.device)
     rate = matmul_rate(dtype, device)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__,
-              "matmul GFLOP/s": rate / 1e9}
+              "matmul GFLOP/s": rate / 1e9, "read GB/s": (bandwidth := read_rate(device)) / 1e9}
     lengths = (64, 256) if args.quick else (64, 256, 1024, 4096)
     for size in args.size:
         big = size in QWEN3
         part = result[size] = {}
         if big:
-            part["training"] = training(size, device, dtype, [(1, 256, 256)], rate) if not args.quick or device.type == "cuda" else {}
+            part["training"] = training(size, device, dtype, [(1, 256, 256)], rate) if not args.quick else {}
         else:
             part["base training"] = base_training(size, device, dtype, 16, 256, rate)
             part["training"] = training(size, device, dtype, [(1, 256, 256), (16, 256, 256)] + [(1, 1024, 1024)] * (size == "reference" and not args.quick), rate)
-        shine = build(size, device, dtype if device.type == "cuda" else torch.float32).eval()
+        shine = build(size, device, dtype if big or device.type == "cuda" else torch.float32).eval()      # as shine.py loads them
         part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
-        part["answering"] = answering(shine, lengths[:3] if big else lengths)
+        part["answering"] = answering(shine, lengths[:3] if big else lengths, bandwidth)
         del shine
         print(json.dumps({size: part}, indent=1), flush=True)
     result["cold start"] = cold_start()
@@ -255,7 +277,7 @@ def main(argv=None):
     result["peak GiB of this process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(json.dumps({k: v for k, v in result.items() if k not in args.size}, indent=1))
     if args.json:
-        write_json(args.json, result)
+        write_json(args.json, (read_json(args.json) if Path(args.json).is_file() else {}) | result)
 
 
 if __name__ == "__main__":

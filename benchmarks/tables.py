@@ -81,6 +81,38 @@ def latency():
                       f"| one answer, warm, SHINE / text in the prompt | {answer['SHINE']} / {answer['text in the prompt']} ms |"])
 
 
+def speed():
+    result = read("speed")
+    sizes = [name for name in ("shipped", "small", "reference", "qwen3-0.6b") if name in result]
+
+    def line(title, *path, show="{:,.0f}".format):
+        values = []
+        for size in sizes:
+            found = result[size]
+            for key in path:
+                found = found.get(key, {})
+            values.append(show(found) if found else "")
+        return f"| {title} | " + " | ".join(values) + " |"
+    training = lambda key: lambda row: " / ".join((f"{row['samples/s']:.3g}", f"{100 * row['of matmul rate']:.0f} %", f"{row['peak GiB']:.2f}"))
+    milliseconds = lambda row: f"{row['ms']:,.0f}"
+    answer = lambda row: f"{row['first token ms']:,.0f} / {row['tokens/s']:,.0f}"
+    lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|",
+             line("language model, 16 x 256 tokens: tokens/s, of the matrix product's rate", "base training", "16 x 256",
+                  show=lambda row: f"{row['tokens/s']:,.0f} / {100 * row['of matmul rate']:.0f} %")]
+    lines += [line(f"hypernetwork, {key} tokens: samples/s, of the matrix product's rate, GiB at most", "training", key, show=training(key))
+              for key in ("1 x (256 + 256)", "16 x (256 + 256)", "1 x (1024 + 1024)")]
+    lines += [line(f"LoRA from {n} tokens, ms", "text to LoRA", f"1 x {n}", show=milliseconds) for n in (64, 256, 1024, 4096)]
+    lines += [line(title + ": first token ms / tokens/s", "answering", key, show=answer) for title, key in (
+        ("question of 32 tokens, 64 of an answer, one LoRA", "LoRA, as a conversation does it"), ("the same, layer by layer", "LoRA, layer by layer"),
+        ("16 questions and LoRAs at once", "16 questions, 16 LoRAs"), ("question behind 256 tokens of text", "text of 256 tokens in the prompt"),
+        ("question behind 1,024 tokens of text", "text of 1024 tokens in the prompt"))]
+    lines.append(line("bytes of the weights a second while decoding, of what the machine reads", "answering", "LoRA, as a conversation does it", "of the bandwidth",
+                      show=lambda share: f"{100 * share:.0f} %"))
+    grows = ", ".join(f"{name} {row['exponent']:.2f}" for name, row in result.get("growth", {}).items())
+    return "\n".join(lines) + f"\n\n{result['machine']}, torch {result['torch']}, {result['matmul GFLOP/s']:.0f} GFLOP/s in a matrix product, {result['read GB/s']:.0f} GB/s read; medians." \
+        + (f" Milliseconds of text -> LoRA grow with these powers (reference): {grows}." if grows else "")
+
+
 def scaling():
     return study.table(read("scaling"))
 
