@@ -168,13 +168,48 @@ class AdamW16(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(round_by_chance(v))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices (out, in): a step along the momentum, made orthogonal by Newton-Schulz iterations, with AdamW's root mean square.
+
+    torch.optim.Muon with two differences: the iterations run in `dtype` (torch's in bf16, which a CPU without bf16 hardware multiplies
+    hundreds of times slower than float32), and on all matrices of one shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype=torch.bfloat16, momentum=0.95, iterations=5):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, iterations=iterations))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))       # Nesterov's
+            for shape, same in shapes.items():
+                steps = orthogonal(torch.stack([u for _, u in same]).to(self.dtype), group["iterations"])
+                for (p, _), u in zip(same, steps.to(p.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+
+
+def orthogonal(x, iterations):
+    """x (n, out, in) = U S V^T -> about U V^T, each singular value between 0.7 and 1.2: x <- a x + (b G + c G G) x with G = x x^T."""
+    if wide := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        G = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(G, G, G, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if wide else x
+
+
 def round_by_chance(x):
     """float32 -> float32 that bf16 holds exactly; right in the mean: the 16 bits that go are compared with random ones."""
     bits = x.view(torch.int32) + torch.randint_like(x, 2 ** 16, dtype=torch.int32)
     return (bits & ~0xFFFF).view(torch.float32)
 
 
-def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False):
+def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, dtype=torch.float32):
     """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
 
     With a muon_lr the matrices of transformer layers are Muon's (ahead of AdamW at equal samples: benchmarks/RUNS.md), AdamW
@@ -189,7 +224,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False):
     adam = [g for g in adam if g["params"]]
     optimizers = [AdamW16(adam, lr, betas) if moments16 else torch.optim.AdamW(adam, lr=lr, betas=betas, fused=True)]
     if muon_lr:
-        optimizers.append(torch.optim.Muon(pick(matrix), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(pick(matrix), muon_lr, weight_decay, dtype))
     clips = {}
     for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own
         clips.setdefault(n if n in ("memory", "meta_lora") else "rest", []).append(p)
@@ -448,7 +483,7 @@ def main(argv=None):
     unseen_batch = collate([examples_unseen(i) for i in range(min(32, args.eval_texts))], tokenizer)
     unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
 
-    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16)
+    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype)
     state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = load_state(out, module, optimizers)

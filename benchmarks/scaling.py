@@ -1,8 +1,9 @@
 """How SHINE scales at our sizes (paper, section 7): language model, rank, meta rank, depth of the M2P, and two ablations.
 
-    python -m benchmarks.scaling --steps 400 --base-steps 1500 --text DIR --qa FILE ...     trains and scores every cell of the table
-    python -m benchmarks.scaling --only rank m2p_layers --seeds 3                           some groups, three seeds
-    python -m benchmarks.scaling --show                                                     the table of what is there already
+    python -m benchmarks.scaling                                     trains and scores every cell of the table, on generated texts
+    python -m benchmarks.scaling --text DIR --qa FILE ...            with real ones among them
+    python -m benchmarks.scaling --only rank m2p_layers --seeds 3    some groups, three seeds
+    python -m benchmarks.scaling --show                              the table of what is there already
 
 Every cell is a hypernetwork from new, trained on the same samples with the same settings but for the one thing its group
 changes; the cell that all groups share stands first. A cell that the JSON has already is not run again, so that a stopped
@@ -64,7 +65,8 @@ def measure(cell, seed, args, data):
     shutil.rmtree(args.out / "fresh", ignore_errors=True)
     shutil.copytree(base, args.out / "fresh", ignore=shutil.ignore_patterns("hypernet*", "state*", "log*", "done"))      # without its hypernetwork
     sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes")]
-    common = ["--seed", seed, "--eval-every", max(1, args.steps // 4), "--eval-texts", args.eval_texts, *data]
+    common = ["--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-every", -(-args.steps // 4),
+              "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
               "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)]}[cell["order"]]
     started, model, log, samples = time.perf_counter(), args.out / "fresh", [], 0
@@ -103,8 +105,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS), help="groups")
     add("--seeds", type=positive(int), default=1)
-    add("--steps", type=positive(int), default=400, help="optimizer steps of each hypernetwork, 32 texts each")
-    add("--base-steps", type=positive(int), default=1500, help="optimizer steps of each language model of the group `model`, 64 texts each")
+    add("--steps", type=positive(int), default=150, help="optimizer steps of each hypernetwork, 32 texts each")
+    add("--base-steps", type=positive(int), default=600, help="optimizer steps of each language model of the group `model`, 64 texts each")
     add("--eval-texts", type=positive(int), default=100)
     add("--text", help="as in train.py")
     add("--qa", nargs="*", default=[], help="as in train.py")

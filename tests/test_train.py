@@ -74,6 +74,22 @@ def test_optimizers_hold_exactly_what_trains(shine):
         make_optimizers(shine, 1e-3, 1e-3, 0.01, (0.9, 0.99))
 
 
+def test_muon_is_torchs():
+    """In bf16 to the bit for matrices that have their shape alone, and nearly for those that share it; in float32 but for bf16's rounding."""
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(8, 8), (16, 8), (8, 24), (8, 8)])]
+    for dtype, close in ((torch.bfloat16, 1e-2), (torch.float32, 3e-2)):
+        ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+        optimizers = train.Muon(ours, 1e-2, 0.1, dtype), torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in range(3):
+            for i, pair in enumerate(zip(ours, theirs)):
+                for p in pair:
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            for optimizer in optimizers:
+                optimizer.step()
+        for a, b, p in zip(ours, theirs, start):
+            assert (a - b).norm() <= (0 if dtype == torch.bfloat16 and p.shape != (8, 8) else close) * (b - p).norm(), p.shape
+
+
 def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatch):
     """2 + stop + resume + 2 steps equal 4 steps: the schedule is that of --steps 4 in both."""
     args, calls, real = BASE + ["--steps", "4", "--eval-every", "2", "--out", str(tmp_path)], [], train.evaluate
