@@ -439,6 +439,82 @@ def give_back_memory():
             libc.mallopt(option, 2 ** 18)
 
 
+def open_log(out):
+    """Make the folder of a run, open its log."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return open(out / "log.jsonl", "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
+
+
+def take_up(out, module, optimizers, args, say):
+    """Restore a run from its folder -> its state; changed settings are named."""
+    state = load_state(out, module, optimizers)
+    for name, before in state.get("args", {}).items():
+        if name == "stage" and before != args.stage:
+            raise UserError(f"{out} holds a run of stage {before}: go on with --stage {before}")
+        if name not in ("resume", "model", "out") and before != json.loads(json.dumps(vars(args).get(name))):
+            say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
+    return state
+
+
+def stream(examples, args, start, rank, world, device):
+    """Batches from number `start` on, made by a process of its own unless --workers 0."""
+    return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None, num_workers=args.workers,
+                                            generator=torch.Generator(), prefetch_factor=8 if args.workers else None, pin_memory=device.type == "cuda"))
+
+
+class Unseen:
+    """What a run is measured on: held-out texts with their questions, and a batch of the stage's own examples on other such texts."""
+
+    def __init__(self, args, tokenizer):
+        source = Source("heldout", args.max_facts)
+        self.records = [source.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
+        examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
+                            max_facts=args.max_facts, split="heldout", packing=args.packing)
+        self.batch = collate([examples(i) for i in range(min(32, args.eval_texts))], tokenizer)
+
+    def score(self, module, model, tokenizer, shine, conditions, device):
+        """-> {"loss", condition: {"em", "f1"}, "reconstruction"}"""
+        module.eval()
+        torch.compiler.set_stance("force_eager")       # every decode step is another shape: not worth compiling
+        with torch.no_grad():
+            metrics = {"loss": round(module({k: v.to(device) for k, v in self.batch.items()}).item(), 4)}
+        for condition in conditions:
+            scored = evaluate(model, tokenizer, self.records, condition, shine)
+            metrics[condition] = {k: round(sum(r[k] for r in scored) / len(scored), 4) for k in ("em", "f1")}
+        if shine:
+            metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in self.records]), 4)
+        torch.compiler.set_stance("default")
+        module.train()
+        return metrics
+
+
+def gradients(step_module, micro, clips, clip, world, device):
+    """Forward and backward of the passes of one step, each adding its part of one mean over all counted tokens.
+
+    -> (loss, norm of each clipping group before clipping); the gradients, clipped, are in the parameters.
+    """
+    micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
+    total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
+    if world > 1:
+        dist.all_reduce(total)
+    loss = torch.zeros((), device=device)
+    for i, batch in enumerate(micro):
+        if world > 1:
+            step_module.require_backward_grad_sync = i == len(micro) - 1
+        part = step_module(batch, total / world)
+        part.backward()
+        loss += part.detach()
+    if world > 1:
+        dist.all_reduce(loss)
+        loss /= world
+    norms = [nn.utils.clip_grad_norm_(params, clip) for params in clips.values()]
+    loss, *norms = torch.stack([loss, *norms]).tolist()      # the one time in a step that the host waits for a GPU
+    return loss, norms
+
+
 def main(argv=None):
     args = parse(argv)
     if args.dry_run:
@@ -449,49 +525,33 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
-    out, log = Path(args.out or f"runs/{args.stage}"), None
+    out = Path(args.out or f"runs/{args.stage}")
     torch.manual_seed(args.seed)
-
     if rank == 0 and not args.resume and (out / "state.safetensors").exists():
         raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
-    if args.base and device.type == "cpu":
-        give_back_memory()
+    if args.resume and not (out / "state.safetensors").is_file():
+        raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
     if args.shard and world == 1:
         raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
+    if args.base and device.type == "cpu":
+        give_back_memory()
     texts = read_texts(args.text) if args.text else []
     records = [read_conversations(path, args.strict) for path in args.qa]
     if args.resume:
-        if not (out / "state.safetensors").is_file():
-            raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
         args.model = str(out)
         args.base = args.base or read_json(out / "state.json").get("args", {}).get("base")
     module, model, tokenizer, shine = build(args, device, dtype, texts)
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "log.jsonl", "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
+    log = open_log(out) if rank == 0 else None
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
                         recall_share=args.recall_share, rival_share=args.rival_share,
                         conversations=args.conversations, mined_share=args.mined_share)
-    heldout = Source("heldout", args.max_facts)
-    examples_unseen = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
-                               max_facts=args.max_facts, split="heldout", packing=args.packing)
-    unseen_batch = collate([examples_unseen(i) for i in range(min(32, args.eval_texts))], tokenizer)
-    unseen = [heldout.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
-
+    unseen = Unseen(args, tokenizer)
     optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype)
     state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
-        state = load_state(out, module, optimizers)
-        for name, before in state.get("args", {}).items():
-            if name == "stage" and before != args.stage:
-                raise UserError(f"{out} holds a run of stage {before}: go on with --stage {before}")
-            if name not in ("resume", "model", "out") and before != json.loads(json.dumps(vars(args).get(name))):
-                say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
+        state = take_up(out, module, optimizers, args, say)
     state["args"] = vars(args)
     step_module = module
     if args.compile:
@@ -519,21 +579,10 @@ def main(argv=None):
             save_state(out, module, optimizers, state)
 
     def evaluation():
-        """Loss on unseen examples of the stage; answers to unseen texts, generated and scored."""
         if rank and not args.shard:      # a sharded model answers on all ranks or on none
             return
-        module.eval()
-        torch.compiler.set_stance("force_eager")       # every decode step is another shape: not worth compiling
-        with torch.no_grad():
-            metrics = {"loss": round(module({k: v.to(device) for k, v in unseen_batch.items()}).item(), 4)}
-        for condition in ("in-context", "question") + (("shine",) if shine else ()):
-            if condition == "shine" or args.stage == "base" or not state["metrics"]:
-                scored = evaluate(model, tokenizer, unseen, condition, shine)
-                metrics[condition] = {k: round(sum(r[k] for r in scored) / len(scored), 4) for k in ("em", "f1")}
-        if shine:
-            metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in unseen]), 4)
-        torch.compiler.set_stance("default")
-        module.train()
+        fixed = () if shine and state["metrics"] else ("in-context", "question")      # the frozen base's own, which do not change
+        metrics = unseen.score(module, model, tokenizer, shine, fixed + (("shine",) if shine else ()), device)
         state["metrics"] = state["metrics"] | metrics
         if rank:
             return
@@ -543,12 +592,8 @@ def main(argv=None):
         log.write(json.dumps({"step": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 2),
                               "unseen": metrics}) + "\n")
 
-    def stream(start):
-        return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None,
-                                                num_workers=args.workers, generator=torch.Generator(), prefetch_factor=8 if args.workers else None,
-                                                pin_memory=device.type == "cuda"))
-
-    data, bad, next_eval, next_save, waited = stream(state["step"] * args.accumulate), 0, None, None, 0.0
+    data = stream(examples, args, state["step"] * args.accumulate, rank, world, device)
+    bad, next_eval, next_save, waited = 0, None, None, 0.0
     started = last = time.perf_counter()
     before = state["seconds"]
     module.train()
@@ -577,48 +622,31 @@ def main(argv=None):
         t = time.perf_counter()
         micro = [next(data) for _ in range(args.accumulate)]
         waited += time.perf_counter() - t
-        tokens = sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
-        micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
-        total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
-        if world > 1:
-            dist.all_reduce(total)
+        tokens = world * sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
         lr = learning_rate(progress, state["step"], args.lr, args.warmup)
         for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * peak / args.lr
-        loss = torch.zeros((), device=device)
-        for i, batch in enumerate(micro):      # each pass adds its part of one mean over all counted tokens
-            if world > 1:
-                step_module.require_backward_grad_sync = i == len(micro) - 1
-            part = step_module(batch, total / world)
-            part.backward()
-            loss += part.detach()
-        if world > 1:
-            dist.all_reduce(loss)
-            loss /= world
-        norms = [nn.utils.clip_grad_norm_(params, args.clip) for params in clips.values()]
-        loss, *norms = torch.stack([loss, *norms]).tolist()      # the one time in a step that the host waits for a GPU
-        if not all(map(math.isfinite, (loss, *norms))):
+        loss, norms = gradients(step_module, micro, clips, args.clip, world, device)
+        if all(map(math.isfinite, (loss, *norms))):
+            bad = 0
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
             bad += 1
             say(f"step {state['step']}: loss {loss}, gradient norms {[round(n, 2) for n in norms]}; step skipped")
             if bad == 5:
                 raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
-        else:
-            bad = 0
-            for optimizer in optimizers:
-                optimizer.step()
         module.zero_grad(set_to_none=True)
 
         now = time.perf_counter()
-        state["step"] += 1
-        state["samples"] += args.batch * args.accumulate * world
-        state["tokens"] += tokens * world
-        state["seconds"] = before + now - started
+        state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens,
+                  "seconds": before + now - started}
         if rank == 0:
             left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")
             say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
-                + f"  {tokens * world / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
-            log.write(json.dumps({"step": state["step"], "loss": round(loss, 6) if math.isfinite(loss) else None, "lr": lr, "tokens": tokens * world,
+                + f"  {tokens / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
+            log.write(json.dumps({"step": state["step"], "loss": round(loss, 6) if math.isfinite(loss) else None, "lr": lr, "tokens": tokens,
                                   "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
                                   "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
         last = now
