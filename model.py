@@ -291,17 +291,23 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = Linear(c.hidden_size, k), Linear(q, c.hidden_size)
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, angles, bias, lora, cache=None, layer=0):
-        """x (B, T, H) -> (B, T, H). bias (B, 1, T, keys) is added to the scores; None: causal over the T tokens, or one
-        token that sees all keys."""
+    def forward(self, x, angles, bias, lora, cache=None, layer=0, last=0):
+        """x (B, T, H) -> (B, T, H), or (B, last, H) where only the last positions are wanted. bias (B, 1, T, keys) is added to
+        the scores; None: causal over the T tokens, or one token that sees all keys."""
         c, (B, T, _) = self.config, x.shape
         heads, groups, D = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
-        project = lambda name: linear(x, getattr(self, name).weight, lora.get(f"self_attn.{name}")).view(B, T, -1, D)
-        q = rotate(self.q_norm(project("q_proj")).transpose(1, 2), *angles)      # (B, heads, T, D)
-        k = rotate(self.k_norm(project("k_proj")).transpose(1, 2), *angles)      # (B, kv heads, T, D)
-        v = project("v_proj").transpose(1, 2)
+        project = lambda name, x: linear(x, getattr(self, name).weight, lora.get(f"self_attn.{name}")).view(B, x.shape[1], -1, D)
+        q = self.q_norm(project("q_proj", x[:, -last:])).transpose(1, 2)         # (B, heads, last or T, D); x[:, -0:] is x
+        q = rotate(q, *(t[:, :, -last:] for t in angles))
+        k = rotate(self.k_norm(project("k_proj", x)).transpose(1, 2), *angles)   # (B, kv heads, T, D)
+        v = project("v_proj", x).transpose(1, 2)
         if cache is not None:
             k, v = cache.store(layer, k, v)
+        if bias is not None:
+            bias = bias[:, :, -last:]
+        elif 1 < last < T:
+            bias = torch.full((last, T), float("-inf"), dtype=x.dtype, device=x.device).triu(T - last + 1)
+        T = q.shape[2]
         if bias is not None and x.device.type == "cpu" and T > 1:   # twice as fast as the masked kernel at small sizes
             if groups > 1:
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -332,8 +338,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
         self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
-    def forward(self, x, angles, bias, lora, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), angles, bias, lora, cache, layer)
+    def forward(self, x, angles, bias, lora, cache=None, layer=0, last=0):
+        x = x[:, -last:] + self.self_attn(self.input_layernorm(x), angles, bias, lora, cache, layer, last)
         return x + self.mlp(self.post_attention_layernorm(x), lora)
 
 
@@ -388,9 +394,9 @@ class LanguageModel(nn.Module):
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return product(hidden, weight)
 
-    def hidden(self, input_ids, attention_mask=None, lora=None, cache=None):
-        """The states behind the last norm, (B, T, H). With a cache the ids continue what it holds."""
-        return self.model.norm(self._layers(self._embed(input_ids), attention_mask, lora, cache)[0])
+    def hidden(self, input_ids, attention_mask=None, lora=None, cache=None, last=0):
+        """The states behind the last norm, (B, T, H), or of the last positions only. With a cache the ids continue what it holds."""
+        return self.model.norm(self._layers(self._embed(input_ids), attention_mask, lora, cache, last)[0])
 
     def read(self, input_ids, attention_mask, memory, lora=None):
         """Read a context (paper, section 3): ids (B, N), mask (B, N) or None, memory (M, H) -> memory states (B, L, M, H).
@@ -401,14 +407,15 @@ class LanguageModel(nn.Module):
         x = torch.cat((x, memory.to(x.dtype).expand(len(x), -1, -1)), 1)                     # (B, N + M, H)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, M), value=1)
-        return torch.stack(self._layers(x, attention_mask, lora, keep=M)[1], 1)
+        return torch.stack(self._layers(x, attention_mask, lora, last=M)[1], 1)
 
     def _embed(self, input_ids):
         x = self.model.embed_tokens(input_ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _layers(self, x, mask, lora, cache=None, keep=0):
-        """x (B, T, H) through all layers -> (x, the last `keep` positions after each layer)."""
+    def _layers(self, x, mask, lora, cache=None, last=0):
+        """x (B, T, H) through all layers -> (x, [the same after each layer]), of all positions or of the `last` ones, which alone go
+        through the whole of the last layer: of the others it needs keys and values."""
         T, start = x.shape[1], 0 if cache is None else cache.used
         if cache is not None:
             if mask is not None and cache.mask is None:
@@ -419,10 +426,10 @@ class LanguageModel(nn.Module):
         angles, bias = self._positions(x, mask, start)
         kept = []
         for i, layer in enumerate(self.model.layers):
-            args = x, angles, bias, lora[i] if lora else {}, cache, i
+            args = x, angles, bias, lora[i] if lora else {}, cache, i, last if layer is self.model.layers[-1] else 0
             x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
-            if keep:
-                kept.append(x[:, -keep:])
+            if last:
+                kept.append(x[:, -last:])
         if cache is not None:
             cache.used += T
         return x, kept
@@ -467,7 +474,7 @@ class LanguageModel(nn.Module):
         generator = torch.Generator(p.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop), device=p.device)
         done, last = torch.zeros(B, dtype=torch.bool, device=p.device), None
-        logits = self.head(self.hidden(input_ids, attention_mask, lora, cache)[:, -1])
+        logits = self.head(self.hidden(input_ids, attention_mask, lora, cache, last=1)[:, -1])
         for i in range(max_new_tokens):
             token = pick(logits.float(), temperature, top_k, top_p, generator)
             token = torch.where(done, last, token) if last is not None else token

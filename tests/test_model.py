@@ -117,6 +117,18 @@ def test_tied_and_untied_and_wide_heads():
         assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 50)
 
 
+def test_the_last_positions_alone_are_those_of_all(base, ids):
+    """Of the others the last layer computes keys and values only: with and without padding, a LoRA, and a cache."""
+    lora, _ = random_lora(base.config, rows=2)
+    for mask in (None, torch.tensor([[1] * 9, [0] * 3 + [1] * 6])):
+        for last in (1, 4, 9):
+            states, cache = base.hidden(ids, mask, lora), KVCache(base.config, 2, 12, torch.float32, ids.device)
+            assert close(base.hidden(ids, mask, lora, last=last), states[:, -last:])
+            assert close(base.hidden(ids, mask, lora, cache, last=last), states[:, -last:])
+            following = base.hidden(torch.cat((ids, ids[:, :1]), 1), None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1), lora)
+            assert close(base.hidden(ids[:, :1], None, lora, cache), following[:, -1:])
+
+
 def test_cache_gives_the_logits_of_the_whole_row(base, ids):
     cache = KVCache(base.config, 2, 9, torch.float32, "cpu")
     with torch.no_grad():
