@@ -223,7 +223,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, d
             {"params": pick(set(trained) - vectors - (matrix if muon_lr else set())), "weight_decay": weight_decay}]
     adam = [g for g in adam if g["params"]]
     optimizers = [AdamW16(adam, lr, betas) if moments16 else torch.optim.AdamW(adam, lr=lr, betas=betas, fused=True)]
-    if muon_lr:
+    if muon_lr and matrix:      # an M2P of no layers has none
         optimizers.append(Muon(pick(matrix), muon_lr, weight_decay, dtype))
     clips = {}
     for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own

@@ -67,7 +67,8 @@ def test_overfits_four_examples(base, tokenizer):
     assert last < 0.2 < first, (first, last)
 
 
-def test_optimizers_hold_exactly_what_trains(shine):
+def test_optimizers_hold_exactly_what_trains(shine, tokenizer):
+    assert len(make_optimizers(Shine(shine.base, tokenizer, ShineConfig(m2p_layers=0)), 1e-3, 1e-3, 0.01, (0.9, 0.99))[0]) == 1      # no matrices for Muon
     make_optimizers(shine, 1e-3, 1e-3, 0.01, (0.9, 0.99))
     make_optimizers(Base(shine.base.requires_grad_(True)), 1e-3, 1e-3, 0.01, (0.9, 0.99))
     with pytest.raises(AssertionError):
