@@ -3,7 +3,7 @@
     python -m benchmarks.figures --log base=runs/base hypernetwork=runs/hyper      first keeps the evaluations of these runs in training.json
 
     assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
-    assets/groups.svg      the generated texts by facts, length and turn, benchmarks/results/quality_generated.json
+    assets/groups.svg      generated texts by facts, length and turn, benchmarks/results/quality_generated.json, quality_facts*.json
     assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
     assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
     assets/precision.svg   loss in bf16 and in float32 on the same batches, benchmarks/results/precision.json
@@ -15,6 +15,7 @@ Grey text on no background: readable on a light and on a dark page.
 """
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -24,6 +25,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt      # noqa: E402
 
 from benchmarks import scaling as study      # noqa: E402
+from benchmarks.tables import by_length      # noqa: E402
 from data import Parser      # noqa: E402
 from model import write_json      # noqa: E402
 
@@ -57,16 +59,14 @@ def quality():
 
 
 def groups():
-    result = json.loads((RESULTS / "quality_generated.json").read_text())["conditions"]
-    names = list(result["shine"]["groups"])
-    panels = (("facts in the text", [n for n in names if n.endswith((" facts", "1 fact")) and n[0].isdigit()]),
-              ("tokens in the text", [n for n in names if n.startswith("text of")]), ("question of the conversation", [n for n in names if n.startswith("turn ")]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.8), sharey=True)
-    for axis, (title, part) in zip(axes, panels):
-        part = [n for n in part if result["shine"]["groups"][n]["em"]["questions"] >= 20]
-        ticks = [n.replace("text of ", "").replace(" tokens", "").replace(" or more", "+").replace("turn ", "").replace(" facts", "").replace(" fact", "").replace(" to ", "\n-") for n in part]
+    scored = json.loads((RESULTS / "quality_generated.json").read_text())["conditions"]
+    part = lambda pattern: {m[1]: {c: scored[c]["groups"][name]["em"]["mean"] for c in CONDITIONS} for name, row in scored["shine"]["groups"].items()
+                            if (m := re.fullmatch(pattern, name)) and row["em"]["questions"] >= 20}
+    panels = {"facts in the text": part(r"(\d+) facts?"), "tokens in the text": by_length(), "question of the conversation": part(r"turn (\d+)")}
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.8), sharey=True)
+    for axis, (title, points) in zip(axes, panels.items()):
         for condition, (label, color) in CONDITIONS.items():
-            axis.plot(ticks, [result[condition]["groups"][n]["em"]["mean"] for n in part], "o-", color=color, label=label, markersize=3)
+            axis.plot([name.replace(" to ", "\n-") for name in points], [row[condition] for row in points.values()], "o-", color=color, label=label, markersize=3)
         axis.set_xlabel(title)
         axis.set_ylim(0, 100)
     axes[0].set_ylabel("exact match, %")
@@ -105,9 +105,11 @@ def cost():
     pays = [(n, prepare[n] / (prompt[n] - lora)) for n in lengths if prompt[n] > lora]
     right.plot(*zip(*pays), "o-", color="#2f80d0", markersize=3)
     right.set_ylabel("questions until SHINE is ahead")
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_xticks(lengths, lengths)
         axis.set_xlabel("tokens in the text")
     left.legend(frameon=False, fontsize=8)
     save(figure, "cost.svg")

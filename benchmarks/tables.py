@@ -41,6 +41,26 @@ def joined(conditions, names):
     return out
 
 
+def by_length():
+    """{"10 to 24": {condition: mean over questions, "questions"}} of generated texts of 1 to 48 facts; spans with fewer than 20 questions are left out."""
+    sums = {}
+    for name in ("generated", "facts16", "facts32", "facts48"):
+        for condition, result in read(f"quality_{name}")["conditions"].items():
+            for group, part in result["groups"].items():
+                if span := re.fullmatch(r"text of (\d+ to \d+) tokens", group):
+                    total = sums.setdefault(span[1], {}).setdefault(condition, [0, 0])
+                    total[0] += part["em"]["mean"] * part["em"]["questions"]
+                    total[1] += part["em"]["questions"]
+    spans = sorted(sums, key=lambda span: int(span.split()[0]))
+    return {span: {c: total / count for c, (total, count) in sums[span].items()} | {"questions": count} for span in spans if (count := sums[span]["shine"][1]) >= 20}
+
+
+def lengths():
+    """Sensitivity to the length of a text."""
+    lines = ["| tokens in the text | questions | SHINE | text in the prompt | question alone |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {span} | {row['questions']} | " + " | ".join(f"{row[c]:.1f}" for c in CONDITIONS) + " |" for span, row in by_length().items()])
+
+
 def quality():
     generated = read("quality_generated")["conditions"]
     facts = lambda low, high: joined(generated, [f"{n} facts" for n in range(low, high + 1)])

@@ -90,6 +90,15 @@ def test_padding_changes_nothing_for_real_positions(base, ids, side):
     assert close(base.read(padded, mask, memory), base.read(ids, None, memory))
 
 
+def test_padding_at_the_end_of_long_rows_changes_nothing(base):
+    ids = torch.randint(0, 256, (2, 600), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(2, 600, dtype=torch.bool)
+    mask[1, 530:] = False
+    assert close(base(ids, mask)[1, :530], base(ids[1:, :530])[0])
+    conversations = mask.long() + (torch.arange(600) >= 520) * mask      # the second row's last ten tokens are another one: RoPE is relative
+    assert close(base(ids, conversations)[1, 520:530], base(ids[1:, 520:530])[0], 1e-4)
+
+
 def test_memory_states_are_the_appended_positions_after_each_layer(base, ids):
     c, memory = base.config, torch.randn(5, base.config.hidden_size)
     states = base.read(ids, None, memory)
