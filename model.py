@@ -270,6 +270,7 @@ class KVCache:
 
     def __init__(self, config, batch, length, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        # zeros: a step of a Decoder on a GPU multiplies what is not written yet by a weight of zero, which NaN would survive
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         self.mask = None                                  # (B, length), True where a real token stands; None: everywhere
         self.used, self.length = 0, length
@@ -466,13 +467,11 @@ class LanguageModel(nn.Module):
         """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
 
         temperature 0 is greedy. A row that has given a token in `stop` goes on giving it; the generator ends when all
-        rows have, or after max_new_tokens. decoder: a Decoder of this model and LoRA that was made before (one is made here
-        where it pays).
+        rows have, or after max_new_tokens. decoder: a Decoder of this model and LoRA, for rows without padding.
         """
         B, T = input_ids.shape
         p = self.model.norm.weight
-        if decoder is None and attention_mask is None and max_new_tokens > 8 and Decoder.suits(self, lora):
-            decoder = Decoder(self, lora)
+        assert decoder is None or attention_mask is None and decoder.model is self and decoder.lora is lora, "this decoder is not for these rows"
         cache = decoder.room(B, T + max_new_tokens) if decoder else KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
         generator = torch.Generator(p.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop), device=p.device)
@@ -537,17 +536,18 @@ class Decoder:
     """One more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured in benchmarks/speed.py).
 
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
-    started. Here the products of one input are one product (q, k, v; gate, up), a LoRA is merged into a float32 copy of the weights, and
-    on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise. On a GPU
-    the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`.
+    started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds a LoRA too where it
+    is float32, and on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise.
+    On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
+    overwritten by the next step.
     """
 
     @staticmethod
     def suits(model, lora):
-        """Whether the copy pays: float32 weights on a CPU that stay small, or a GPU; and one LoRA for all rows, or none."""
+        """Whether the copy pays: float32 weights on a CPU that stay small, or up to 2 GB of bf16 on a GPU; and one LoRA for all rows, or none."""
         p, size = model.model.norm.weight, sum(p.numel() for p in model.model.layers.parameters())
         one = not lora or all(A.dim() == 2 or len(A) == 1 for layer in lora for A, _ in layer.values())
-        return one and (p.is_cuda or p.dtype == torch.float32 and size < 2 ** 26)
+        return one and (size < 2 ** 30 if p.is_cuda else p.dtype == torch.float32 and size < 2 ** 26)
 
     def __init__(self, model, lora=None):
         p = model.model.norm.weight

@@ -410,9 +410,9 @@ class Conversation:
         answer, said = [], ""
         try:
             for token in base.generate(ids, None, self.lora, self.max_new_tokens, tokenizer.stops, decoder=self.decoder, **self.sampling):
-                if int(token) in tokenizer.stops:
+                if (token := int(token)) in tokenizer.stops:
                     break
-                answer.append(int(token))
+                answer.append(token)
                 text = tokenizer.decode(answer)
                 if not text.endswith("\ufffd"):          # a character may take several tokens
                     yield text[len(said):]

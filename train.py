@@ -175,7 +175,7 @@ class Muon(torch.optim.Optimizer):
     hundreds of times slower than float32), and on all matrices of one shape at once.
     """
 
-    def __init__(self, params, lr, weight_decay, dtype=torch.bfloat16, momentum=0.95, iterations=5):
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95, iterations=5):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, iterations=iterations))
         self.dtype = dtype
 
@@ -184,7 +184,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))       # Nesterov's
             for shape, same in shapes.items():
                 steps = orthogonal(torch.stack([u for _, u in same]).to(self.dtype), group["iterations"])
@@ -213,7 +215,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, d
     """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
 
     With a muon_lr the matrices of transformer layers are Muon's (ahead of AdamW at equal samples: benchmarks/RUNS.md), AdamW
-    has the rest; weight decay on matrices only.
+    has the rest; weight decay on matrices only. dtype: of Muon's iterations.
     """
     trained = module.trained()
     matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
@@ -342,7 +344,7 @@ def parse(argv):
     add("--eval-texts", type=positive(int), default=60)
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--float32", action="store_true", help="activations in float32 whatever the machine")
+    add("--float32", action="store_true", help="activations, and Muon's iterations, in float32 whatever the machine")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--checkpointing", action="store_true", help="activation checkpointing: less memory, a third more work")
     add("--moments16", action="store_true", help="AdamW's moments in bf16 instead of float32")
@@ -459,7 +461,7 @@ def take_up(out, module, optimizers, args, say):
     return state
 
 
-def stream(examples, args, start, rank, world, device):
+def loader(examples, args, start, rank, world, device):
     """Batches from number `start` on, made by a process of its own unless --workers 0."""
     return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None, num_workers=args.workers,
                                             generator=torch.Generator(), prefetch_factor=8 if args.workers else None, pin_memory=device.type == "cuda"))
@@ -592,7 +594,7 @@ def main(argv=None):
         log.write(json.dumps({"step": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 2),
                               "unseen": metrics}) + "\n")
 
-    data = stream(examples, args, state["step"] * args.accumulate, rank, world, device)
+    data = loader(examples, args, state["step"] * args.accumulate, rank, world, device)
     bad, next_eval, next_save, waited = 0, None, None, 0.0
     started = last = time.perf_counter()
     before = state["seconds"]

@@ -74,29 +74,33 @@ def measure(cell, seed, args, data):
         shutil.rmtree(out, ignore_errors=True)
         more = ["--question-share", share, *sizes] if stage == "pretrain" else []
         lines = call(out, "--stage", stage, "--model", model, "--steps", steps, *more, *common)
-        log, samples = log + lines, samples + max(line.get("samples", 0) for line in lines)
+        log += [line | {"samples": samples + line["samples"]} for line in lines if "samples" in line]      # the second phase goes on counting
+        samples = log[-1]["samples"]
         if len(phases) > 1:
             model = args.out / "first"
             shutil.rmtree(model, ignore_errors=True)
             out.rename(model)
     metrics = [line for line in log if "unseen" in line]
     last, first = metrics[-1]["unseen"], metrics[0]["unseen"]
-    return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": last["loss"], "reconstruction": last["reconstruction"],
+    return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": last["loss"] if stage == "pretrain" else None,      # another stage, another loss
+             "reconstruction": last["reconstruction"],
             "in-context": first["in-context"]["em"], "question": first["question"]["em"], "minutes": round((time.perf_counter() - started) / 60, 2),
             "samples": samples, "curve": [[line["samples"], line["unseen"]["shine"]["em"], line["unseen"]["loss"]] for line in metrics]}
 
 
 def table(results):
     """Markdown: one row a cell, the mean over seeds and their spread."""
-    spread = lambda values: f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-    lines = ["| | SHINE, exact match | text in the prompt | reconstruction (tokens) | loss, unseen | minutes | seeds |", "|---|---|---|---|---|---|---|"]
+    def spread(values, digits=1, scale=100):
+        values = [scale * v for v in values if v is not None]
+        return (f"{statistics.mean(values):.{digits}f}" if values else "") + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    lines = ["| | SHINE, exact match, % | text in the prompt, % | reconstruction, % of tokens | loss, unseen | seeds |", "|---|---|---|---|---|---|"]
     for group, cells in GROUPS.items():
         for cell in cells:
             rows = [r for r in results["cells"].values() if r["cell"] == SHARED | cell]
             if rows:
                 title = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in (cell or SHARED).items())
-                lines.append(f"| {title} | " + " | ".join(spread([r[k] for r in rows]) for k in ("em", "in-context", "reconstruction", "loss"))
-                             + f" | {statistics.mean(r['minutes'] for r in rows):.1f} | {len(rows)} |")
+                lines.append(f"| {title} | " + " | ".join([*(spread([r[k] for r in rows]) for k in ("em", "in-context", "reconstruction")), spread([r["loss"] for r in rows], 3, 1)])
+                             + f" | {len(rows)} |")
     return "\n".join(lines)
 
 
@@ -115,7 +119,8 @@ def main(argv=None):
     add("--show", action="store_true")
     add("--limit-minutes", type=positive(float), default=float("inf"), help="start no cell after so long")
     args = parser.parse_args(argv)
-    settings = {"steps": args.steps, "base steps": args.base_steps, "texts scored": args.eval_texts}
+    settings = {"steps": args.steps, "base steps": args.base_steps, "texts scored": args.eval_texts,
+                "real texts": [Path(p).name for p in ([args.text] if args.text else []) + args.qa]}
     results = read_json(args.json) if Path(args.json).is_file() else {"settings": settings, "cells": {}}
     if not args.show and results["settings"] != settings:
         raise UserError(f"{args.json} was made with {results['settings']}; use these or another --json")

@@ -60,7 +60,7 @@ def matmul_rate(dtype, device, n=2048):
 
 def read_rate(device, size=2 ** 28):
     """Bytes a second of summing up what fits no cache."""
-    big = torch.ones(size, dtype=torch.int32, device=device).view(torch.float32)
+    big = torch.ones(size, device=device)
     return big.nbytes / median(lambda: big.sum(), 7)
 
 
@@ -127,8 +127,11 @@ def step(shine, batch, optimizer):
 def training(size, device, dtype, shapes, rate):
     rows = {}
     for B, N, S in shapes:
+        shine = optimizer = None      # those of the shape before
         shine = build(size, device, dtype)
         optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         batch = batch_of(B, N, S, shine.base.config.vocab_size, device)
         with FlopCounterMode(display=False) as counter:
             step(shine, batch, optimizer)
@@ -139,8 +142,8 @@ def training(size, device, dtype, shapes, rate):
             "formula / counter": formula / counter.get_total_flops()}
         if device.type == "cuda":
             rows[f"{B} x ({N} + {S})"]["peak GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        else:
-            del shine, optimizer
+        elif Path("/proc/self/status").is_file():
+            shine = optimizer = None
             rows[f"{B} x ({N} + {S})"]["peak GiB"] = peak_memory(size, B, N, S)
     return rows
 
@@ -172,16 +175,15 @@ def reading(shine, lengths, batches=(1, 16)):
                 continue
             ids = torch.randint(5, shine.base.config.vocab_size, (B, N), device=shine.device)
             states = shine.read(ids)
-            total = median(lambda: shine.generate_lora(ids, None), 5, 1, 30)
-            m2p = median(lambda: shine.m2p(states), 5, 1, 10)
-            rows[f"{B} x {N}"] = {"ms": 1000 * total, "reading": median(lambda: shine.read(ids), 5, 1, 20) / total, "M2P": m2p / total,
-                                  "cutting": max(0.0, median(lambda: shine.to_lora(states), 5, 1, 10) - m2p) / total}
+            total, m2p = median(lambda: shine.generate_lora(ids, None), 5, 1, 30), median(lambda: shine.m2p(states), 5, 1, 10)
+            parts = {"reading": median(lambda: shine.read(ids), 5, 1, 20), "M2P": m2p, "cutting": max(0.0, median(lambda: shine.to_lora(states), 5, 1, 10) - m2p)}
+            rows[f"{B} x {N}"] = {"ms": 1000 * total} | {name: part / sum(parts.values()) for name, part in parts.items()}
     return rows
 
 
 @torch.no_grad()
 def answering(shine, lengths, bandwidth, new=64, prompt=32):
-    """A question of 32 tokens, 64 new ones: with the LoRA (merged, unmerged, 16 at once), and with texts of these lengths in the prompt.
+    """A question of 32 tokens, 64 new ones: with the LoRA (with a Decoder, without one, 16 at once), and with texts of these lengths in the prompt.
 
     "of the bandwidth": bytes of the weights times steps a second, over what the machine reads a second (`read_rate`).
     """
@@ -196,12 +198,12 @@ def answering(shine, lengths, bandwidth, new=64, prompt=32):
         return {"first token ms": 1000 * first, "tokens/s": len(ids) * new / all_of_them,
                 "of the bandwidth": (new - 1) / (all_of_them - first) * weights / bandwidth}
     ask = torch.randint(5, V, (1, prompt), device=shine.device)
-    by_layer = {"attention_mask": torch.ones_like(ask)}          # rows that may be padded go layer by layer
-    rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=Decoder(base, lora) if Decoder.suits(base, lora) else None),
-            "LoRA, layer by layer": timed(ask, lora, **by_layer), "no LoRA, layer by layer": timed(ask, **by_layer),
-            "16 questions, 16 LoRAs": timed(ask.expand(16, -1).contiguous(), many)}
+    decoder = lambda lora: Decoder(base, lora) if Decoder.suits(base, lora) else None      # as a conversation has one
+    rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=decoder(lora)), "LoRA, layer by layer": timed(ask, lora),
+            "no LoRA, layer by layer": timed(ask), "16 questions, 16 LoRAs": timed(ask.expand(16, -1).contiguous(), many)}
+    plain = decoder(None)
     for n in (0, *lengths):
-        rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device))
+        rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device), decoder=plain)
     return rows
 
 
@@ -257,12 +259,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, dtype, why = pick_device(args.device)
     rate = matmul_rate(dtype, device)
-    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__,
-              "matmul GFLOP/s": rate / 1e9, "read GB/s": (bandwidth := read_rate(device)) / 1e9}
+    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__}
+    bandwidth = read_rate(device)
     lengths = (64, 256) if args.quick else (64, 256, 1024, 4096)
     for size in args.size:
         big = size in QWEN3
-        part = result[size] = {}
+        part = result[size] = {"matmul GFLOP/s": rate / 1e9, "read GB/s": bandwidth / 1e9}
         if big:
             part["training"] = training(size, device, dtype, [(1, 256, 256)], rate) if not args.quick else {}
         else:

@@ -65,7 +65,7 @@ def quality():
     generated = read("quality_generated")["conditions"]
     facts = lambda low, high: joined(generated, [f"{n} facts" for n in range(low, high + 1)])
     lines = ["| | questions | SHINE: no text in the prompt | text in the prompt | question alone |", "|---|---|---|---|---|",
-             row("generated texts of 1 to 8 facts, all", generated), row("texts of 1 to 3 facts", facts(1, 3)), row("texts of 4 to 6 facts", facts(4, 6))]
+             row("generated texts of 1 to 9 facts, all", generated), row("texts of 1 to 3 facts", facts(1, 3)), row("texts of 4 to 6 facts", facts(4, 6))]
     for title, group in (("conversations of 3 or more turns", "conversations of 3 or more turns"), ("first question of a conversation", "turn 1"),
                          ("seventh question", "turn 7"), ("questions about a fact", "kind: fact"), ("yes or no", "kind: yes or no"),
                          ('right answer "The text does not say."', "kind: unknown")):
@@ -113,23 +113,25 @@ def speed():
                 found = found.get(key, {})
             values.append(show(found) if found else "")
         return f"| {title} | " + " | ".join(values) + " |"
-    training = lambda key: lambda row: " / ".join((f"{row['samples/s']:.3g}", f"{100 * row['of matmul rate']:.0f} %", f"{row['peak GiB']:.2f}"))
+    training = lambda row: " / ".join([f"{row['samples/s']:.3g}", f"{100 * row['of matmul rate']:.0f} %"] + [f"{row['peak GiB']:.2f}"] * ("peak GiB" in row))
     milliseconds = lambda row: f"{row['ms']:,.0f}"
     answer = lambda row: f"{row['first token ms']:,.0f} / {row['tokens/s']:,.0f}"
     lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|",
+             line("the machine's matrix product in that minute, GFLOP/s", "matmul GFLOP/s"), line("and what it reads, GB/s", "read GB/s"),
              line("language model, 16 x 256 tokens: tokens/s, of the matrix product's rate", "base training", "16 x 256",
                   show=lambda row: f"{row['tokens/s']:,.0f} / {100 * row['of matmul rate']:.0f} %")]
-    lines += [line(f"hypernetwork, {key} tokens: samples/s, of the matrix product's rate, GiB at most", "training", key, show=training(key))
+    lines += [line(f"hypernetwork, {key} tokens: samples/s, of the matrix product's rate, GiB at most", "training", key, show=training)
               for key in ("1 x (256 + 256)", "16 x (256 + 256)", "1 x (1024 + 1024)")]
     lines += [line(f"LoRA from {n} tokens, ms", "text to LoRA", f"1 x {n}", show=milliseconds) for n in (64, 256, 1024, 4096)]
     lines += [line(title + ": first token ms / tokens/s", "answering", key, show=answer) for title, key in (
         ("question of 32 tokens, 64 of an answer, one LoRA", "LoRA, as a conversation does it"), ("the same, layer by layer", "LoRA, layer by layer"),
+        ("and without a LoRA, which merging it would give", "no LoRA, layer by layer"),
         ("16 questions and LoRAs at once", "16 questions, 16 LoRAs"), ("question behind 256 tokens of text", "text of 256 tokens in the prompt"),
         ("question behind 1,024 tokens of text", "text of 1024 tokens in the prompt"))]
     lines.append(line("bytes of the weights a second while decoding, of what the machine reads", "answering", "LoRA, as a conversation does it", "of the bandwidth",
                       show=lambda share: f"{100 * share:.0f} %"))
     grows = ", ".join(f"{name} {row['exponent']:.2f}" for name, row in result.get("growth", {}).items())
-    return "\n".join(lines) + f"\n\n{result['machine']}, torch {result['torch']}, {result['matmul GFLOP/s']:.0f} GFLOP/s in a matrix product, {result['read GB/s']:.0f} GB/s read; medians." \
+    return "\n".join(lines) + f"\n\n{result['machine']}, torch {result['torch']}; medians." \
         + (f" Milliseconds of text -> LoRA grow with these powers (reference): {grows}." if grows else "")
 
 

@@ -179,14 +179,14 @@ def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype,
                 assert decoder.cache.used == static + 1
 
 
-def test_generation_with_and_without_a_decoder_is_the_same(base, ids, monkeypatch):
+def test_generation_with_and_without_a_decoder_is_the_same(base, ids):
     lora, _ = random_lora(base.config)
-    joined = []
-    monkeypatch.setattr(Decoder, "join", lambda self, join=Decoder.join: joined.append(self) or join(self))
-    fast = torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1)
-    assert len(joined) == 1
-    monkeypatch.setattr(Decoder, "suits", lambda *a: False)
-    assert torch.equal(torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1), fast) and len(joined) == 1
+    decoder = Decoder(base, lora)
+    fast = torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20, decoder=decoder)), 1)
+    assert decoder.layers is not None and torch.equal(torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1), fast)
+    for rows in ((torch.ones_like(ids), lora), (None, random_lora(base.config)[0])):      # padded rows, another LoRA
+        with pytest.raises(AssertionError, match="not for these rows"):
+            next(base.generate(ids, *rows, decoder=decoder))
 
 
 def test_stop_tokens_end_a_row_and_then_the_generator(base, ids):

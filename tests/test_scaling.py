@@ -35,7 +35,9 @@ def test_cells_differ_in_one_thing_and_are_not_run_twice(tmp_path, calls, capsys
     first, second = calls[3:5]
     assert value(first, "--question-share") == "0.0" and value(second, "--stage") == "finetune" and value(second, "--model").endswith("first")
     assert {value(a, "--steps") for a in (first, second)} == {"4"} and value(calls[5], "--question-share") == "1.0"
-    assert "| rank 8 | 0.500 | 0.800 | 0.700 | 1.000 |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| rank 8 | 50.0 | 80.0 | 70.0 | 1.000 |" in table and "| order pretrain first | 50.0 | 80.0 | 70.0 |  |" in table      # the loss of another stage
+    assert [point[0] for point in cells[next(name for name in cells if "pretrain first" in name)]["curve"]] == [64, 128]
     scaling.main(arguments)
     assert len(calls) == 6
     with pytest.raises(UserError, match="use these or another --json"):
