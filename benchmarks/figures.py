@@ -128,27 +128,29 @@ def precision():
 
 def scaling():
     cells = json.loads((RESULTS / "scaling.json").read_text())["cells"].values()
-    groups = {group: part for group, part in study.GROUPS.items() if group != "shared"}
-    figure, rows = plt.subplots(2, len(groups), figsize=(11, 5), sharey="row")
-    for axis, below, (group, part) in zip(*rows, groups.items()):
-        found = {}
-        for value in dict.fromkeys([cell[group] for cell in part] + [study.SHARED[group]]):
-            if same := [c for c in cells if c["cell"] == study.SHARED | {group: value}]:
-                found[value] = same
-        order = sorted(found) if all(isinstance(v, int) for v in found) else list(found)
-        ems = [[100 * c["em"] for c in found[v]] for v in order]
-        spread = [statistics.stdev(part) if len(part) > 1 else 0 for part in ems]
-        axis.errorbar([str(v).replace(" ", "\n") for v in order], [statistics.mean(part) for part in ems], spread, fmt="o", color="#2f80d0", ecolor=GREY)
+    groups = {}      # {group: {value: its cells}}, of groups with more than the shared cell
+    for group, part in study.GROUPS.items():
+        values = dict.fromkeys([cell[group] for cell in part if cell] + [study.SHARED.get(group)])
+        found = {v: same for v in values if (same := [c for c in cells if c["cell"] == study.SHARED | {group: v}])}
+        if len(found) > 1:
+            groups[group] = dict(sorted(found.items())) if all(isinstance(v, int) for v in found) else found
+    figure, rows = plt.subplots(2, len(groups), figsize=(2.2 + 2.2 * len(groups), 5), sharey="row", squeeze=False)
+    for axis, below, (group, found) in zip(*rows, groups.items()):
+        ticks = [str(v).replace(" ", "\n") for v in found]
+        for key, label, color in (("em", "questions", "#2f80d0"), ("reconstruction", "reconstruction, tokens", "#e08a2e")):
+            percent = [[100 * c[key] for c in same] for same in found.values()]
+            axis.errorbar(ticks, list(map(statistics.mean, percent)), [statistics.stdev(p) if len(p) > 1 else 0 for p in percent], fmt="o", color=color, ecolor=GREY, label=label)
         axis.set_title(group.replace("_", " "), fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
-        for i, value in enumerate(order):      # the means over seeds, point by point
-            points = [[statistics.mean(column) for column in zip(*same)] for same in zip(*(c["curve"] for c in found[value]))]
-            below.plot([samples / 1000 for samples, _, _ in points], [100 * em for _, em, _ in points], "o-", markersize=2, label=str(value),
-                       color=plt.cm.viridis(i / max(1, len(order) - 1)))
+        for i, (value, same) in enumerate(found.items()):      # the means over seeds, point by point
+            points = [[statistics.mean(column) for column in zip(*point)] for point in zip(*(c["curve"] for c in same))]
+            below.plot([samples / 1000 for samples, *_ in points], [100 * em for _, em, _ in points], "o-", markersize=2, label=str(value),
+                       color=plt.cm.viridis(0.85 * i / (len(found) - 1)))
         below.legend(frameon=False, fontsize=7)
         below.set_xlabel("thousand samples")
-    for axis in rows[:, 0]:
-        axis.set_ylabel("SHINE, exact match, %")
+    rows[0, 0].legend(frameon=False, fontsize=7)
+    rows[0, 0].set_ylabel("right, %")
+    rows[1, 0].set_ylabel("SHINE, exact match, %")
     save(figure, "scaling.svg")
 
 
