@@ -557,7 +557,7 @@ class Decoder:
         self.at = torch.zeros(1, dtype=torch.long, device=p.device)
 
     def pays(self):
-        """Whether to take the next step here: the copy costs as much as it saves in four to ten steps, and many an answer is shorter."""
+        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, and many an answer is shorter."""
         self.asked += 1
         return self.asked > 8
 

@@ -461,6 +461,16 @@ def take_up(out, module, optimizers, args, say):
     return state
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """data.batches as a dataset: what a worker process of a DataLoader can be given."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __iter__(self):
+        return batches(*self.args)
+
+
 def loader(examples, args, start, rank, world, device):
     """Batches from number `start` on, made by a process of its own unless --workers 0."""
     return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None, num_workers=args.workers,
@@ -772,14 +782,6 @@ def plain_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
 
 def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, *args):
-        self.args = args
-
-    def __iter__(self):
-        return batches(self.args[0], self.args[1], *self.args[2:])
 
 
 def save_base(model, out):

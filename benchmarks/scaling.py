@@ -82,8 +82,8 @@ def measure(cell, seed, args, data):
             out.rename(model)
     metrics = [line for line in log if "unseen" in line]
     last, first = metrics[-1]["unseen"], metrics[0]["unseen"]
-    return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": last["loss"] if stage == "pretrain" else None,      # another stage, another loss
-             "reconstruction": last["reconstruction"],
+    loss = last["loss"] if stage == "pretrain" else None      # that of another stage is not to be compared
+    return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": loss, "reconstruction": last["reconstruction"],
             "in-context": first["in-context"]["em"], "question": first["question"]["em"], "minutes": round((time.perf_counter() - started) / 60, 2),
             "samples": samples, "curve": [[line["samples"], line["unseen"]["shine"]["em"], line["unseen"]["loss"]] for line in metrics]}
 

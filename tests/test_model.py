@@ -97,6 +97,9 @@ def test_padding_at_the_end_of_long_rows_changes_nothing(base):
     assert close(base(ids, mask)[1, :530], base(ids[1:, :530])[0])
     conversations = mask.long() + (torch.arange(600) >= 520) * mask      # the second row's last ten tokens are another one: RoPE is relative
     assert close(base(ids, conversations)[1, 520:530], base(ids[1:, 520:530])[0], 1e-4)
+    assert close(base(ids, mask.flip(1))[1, 70:], base(ids[1:, 70:])[0], 1e-4)                       # at the front it is seen
+    unmasked = [base._positions(base._embed(ids[:, :m.shape[1]]), m, 0)[1] is None for m in (mask, conversations, (3 - conversations) * mask, mask.flip(1), mask[:, :500])]
+    assert unmasked == [True, False, False, False, False]
 
 
 def test_memory_states_are_the_appended_positions_after_each_layer(base, ids):
@@ -129,10 +132,12 @@ def test_tied_and_untied_and_wide_heads():
 def test_the_last_positions_alone_are_those_of_all(base, ids):
     """Of the others the last layer computes keys and values only: with and without padding, a LoRA, and a cache."""
     lora, _ = random_lora(base.config, rows=2)
+    seen = []
+    base.model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     for mask in (None, torch.tensor([[1] * 9, [0] * 3 + [1] * 6])):
         for last in (1, 4, 9):
             states, cache = base.hidden(ids, mask, lora), KVCache(base.config, 2, 12, torch.float32, ids.device)
-            assert close(base.hidden(ids, mask, lora, last=last), states[:, -last:])
+            assert close(base.hidden(ids, mask, lora, last=last), states[:, -last:]) and seen[-1] == last
             assert close(base.hidden(ids, mask, lora, cache, last=last), states[:, -last:])
             following = base.hidden(torch.cat((ids, ids[:, :1]), 1), None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1), lora)
             assert close(base.hidden(ids[:, :1], None, lora, cache), following[:, -1:])
@@ -183,7 +188,9 @@ def test_generation_with_and_without_a_decoder_is_the_same(base, ids):
     lora, _ = random_lora(base.config)
     decoder = Decoder(base, lora)
     fast = torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20, decoder=decoder)), 1)
-    assert decoder.layers is not None and torch.equal(fast[:, :3], torch.stack(list(base.generate(ids, None, lora, max_new_tokens=3, decoder=Decoder(base, lora))), 1))
+    assert decoder.layers is not None
+    short = Decoder(base, lora)
+    assert torch.equal(fast[:, :3], torch.stack(list(base.generate(ids, None, lora, max_new_tokens=3, decoder=short)), 1)) and short.layers is None      # no copy
     assert torch.equal(torch.stack(list(base.generate(ids, None, lora, max_new_tokens=20)), 1), fast)
     for rows in ((torch.ones_like(ids), lora), (None, random_lora(base.config)[0])):      # padded rows, another LoRA
         with pytest.raises(AssertionError, match="not for these rows"):
