@@ -95,13 +95,15 @@ class M2P(nn.Module):
     """D encoder layers over the (L, M) grid of memory states; even ones along L, odd ones along M.
 
     axes "rows" (all layers along M) and "columns" (all along L) are for the ablation of section 4's design.
+    normalize (not in the paper): each memory state is divided by its root mean square first. Raw ones have norms of 50 to 200, against
+    which the embeddings are nothing and the first layer's softmax sees one key only; without it text reaches the LoRA later.
     """
 
-    def __init__(self, L, M, H, num_layers=4, heads=None, axes="both"):
+    def __init__(self, L, M, H, num_layers=4, heads=None, axes="both", normalize=False):
         super().__init__()
         if axes not in AXES:
             raise ValueError(f"m2p_axes {axes!r} is not one of {', '.join(AXES)}")
-        self.axes = axes
+        self.axes, self.normalize = axes, normalize
         heads = heads or attention_heads(H)
         if H % heads:
             raise ValueError(f"a hidden size of {H} does not divide into {heads} M2P heads")
@@ -113,6 +115,8 @@ class M2P(nn.Module):
         """memory states (B, L, M, H) -> flat parameters (B, L, M * H). `trace(name, tensor)` is shown every step."""
         (B, L, M, H), dtype = memory_states.shape, memory_states.dtype
         assert (L, H) == self.layer_pe.shape and M == len(self.token_pe), (memory_states.shape, self.layer_pe.shape)
+        if self.normalize:
+            memory_states = F.rms_norm(memory_states, (H,))
         x = memory_states + self.layer_pe.to(dtype)[:, None] + self.token_pe.to(dtype)      # (B, L, M, H)
         for i, layer in enumerate(self.transformer_layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer

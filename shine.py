@@ -51,6 +51,7 @@ class ShineConfig:
     context_length: int = 256       # longest text in tokens
     conversation_length: int = 384  # longest conversation in tokens
     m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
+    m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
 
 
 PUBLISHED = ("metanetwork.pth", "metalora.pth", "mem_tokens.pt")          # the files of a hypernetwork as its authors release it
@@ -227,7 +228,7 @@ class Shine(nn.Module):
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes)
+                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes, config.m2p_norm)
         except ValueError as error:
             hint = "" if config.r % smallest_rank(c) == 0 else f" (--rank: a multiple of {smallest_rank(c)} fits)"
             raise UserError(f"{error}{hint}") from None

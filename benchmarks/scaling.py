@@ -22,7 +22,8 @@ from data import Parser, positive, run
 from model import UserError, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = {"model": "shipped", "rank": 4, "meta_rank": 24, "m2p_layers": 4, "m2p_axes": "both", "order": "mixed"}      # what a group leaves alone
+SHARED = {"model": "shipped", "rank": 4, "meta_rank": 24, "m2p_layers": 4, "m2p_axes": "both", "order": "mixed",
+          "m2p_norm": "no", "rates": "1e-3 2e-3"}      # what a group leaves alone; rates: of AdamW and of Muon
 GROUPS = {
     "shared": [{}],
     "model": [{"model": "nano"}, {"model": "micro"}, {"model": "tiny"}],                     # language models trained here on equal samples
@@ -31,6 +32,7 @@ GROUPS = {
     "m2p_layers": [{"m2p_layers": 0}, {"m2p_layers": 2}, {"m2p_layers": 6}],
     "m2p_axes": [{"m2p_axes": "rows"}, {"m2p_axes": "columns"}],
     "order": [{"order": "pretrain first"}, {"order": "questions only"}],                     # half reconstruction, then half questions
+    "recipe": [{"m2p_norm": "yes"}, {"rates": "4e-3 6e-3"}, {"m2p_norm": "yes", "rates": "4e-3 6e-3"}],      # the last is train.py's for a new hypernetwork
 }
 
 
@@ -65,7 +67,9 @@ def measure(cell, seed, args, data):
     shutil.rmtree(args.out / "fresh", ignore_errors=True)
     shutil.copytree(base, args.out / "fresh", ignore=shutil.ignore_patterns("hypernet*", "state*", "log*", "done"))      # without its hypernetwork
     sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes")]
-    common = ["--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-every", -(-args.steps // 4),
+    sizes += ["--m2p-norm" if cell["m2p_norm"] == "yes" else "--no-m2p-norm"]
+    lr, muon_lr = cell["rates"].split()
+    common = ["--lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-every", -(-args.steps // 4),
               "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
               "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)]}[cell["order"]]

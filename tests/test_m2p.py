@@ -38,6 +38,14 @@ def test_one_axis_only_for_the_ablation():
         M2P(3, 4, 8, 2, 2, "diagonal")
 
 
+def test_normalized_memory_states_have_no_size():
+    x = torch.randn(2, 3, 4, 8)
+    plain, normal = (perturb(M2P(3, 4, 8, 2, 2, normalize=n)) for n in (False, True))
+    normal.load_state_dict(plain.state_dict())
+    assert close(normal(x), normal(50 * x)) and not close(plain(x), plain(50 * x))
+    assert close(normal(x), plain(x / x.square().mean(-1, keepdim=True).sqrt()))
+
+
 def test_position_embeddings_are_used():
     m2p = perturb(M2P(3, 4, 8, 2, 2))
     x = m2p(torch.zeros(1, 3, 4, 8)).view(3, 4, 8)

@@ -328,7 +328,7 @@ def test_trains_a_hypernetwork_for_a_downloaded_folder_and_talks_with_it(qwen, t
     state = load_file(tmp_path / "a/state.safetensors")
     assert state["exp_avg.memory"].dtype == torch.bfloat16 and state["param.memory"].dtype == torch.float32
     config = json.loads((tmp_path / "a/hypernet.json").read_text())
-    assert config["scale"] == 0.001 and config["meta_r"] == 4 and config["base_name"] == "Qwen3-tiny"
+    assert config["scale"] == 0.001 and config["meta_r"] == 4 and config["m2p_norm"] is False and config["base_name"] == "Qwen3-tiny"
     call("The model reads.", "--base", qwen, "--hypernet", tmp_path / "a", "--ask", "Who reads?", "--max-new-tokens", 4, "--save", tmp_path / "l.safetensors",
          "--export-peft", tmp_path / "peft", "--merge-into", tmp_path / "merged")
     assert "> Who reads?" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
 import torch
 
-from benchmarks import quality, tables
+from benchmarks import quality, tables, where
 from conftest import ROOT, close
 from model import cut
 
@@ -56,3 +56,19 @@ def test_texts_are_grouped_by_their_length():
     records = [{"context": "x", "conversations": [{}, {}]}] * 3
     names = quality.groups(records, [{"record": i, "turn": 0} for i in range(3)], [9, 49, 400])
     assert [k for k in names if k.startswith("text of")] == ["text of 0 to 9 tokens", "text of 25 to 49 tokens", "text of 400 tokens or more"]
+
+
+def test_where_the_text_is(shine):
+    """All of a LoRA is itself, none of it is the mean; B alone leaves A to the mean; a part that is the same for all texts has no share."""
+    lora, mean = shine.generate_lora(TEXTS), where.mean_lora(shine, TEXTS)
+    A, B = (t.detach() for t in lora[-1]["mlp.down_proj"])
+    part = lambda name: where.mixed(lora, mean, where.PARTS[name])[-1]["mlp.down_proj"]
+    same = lambda pair, a, b: torch.equal(pair[0], a) and torch.equal(pair[1], b)
+    middle = [t.expand(2, -1, -1) for t in mean[-1]["mlp.down_proj"]]
+    assert same(part("all of it"), A, B) and same(part("none of it"), *middle) and same(part("B alone"), middle[0], B)
+    assert same(part("the last layer"), A, B) and same(part("all but these two"), *middle)
+    first = where.mixed(lora, mean, where.PARTS["all but the last layer"])[0]["mlp.down_proj"]
+    assert same(first, *lora[0]["mlp.down_proj"]) and not same(first, *(t.expand(2, -1, -1) for t in mean[0]["mlp.down_proj"]))
+    shares = where.shares(lora)
+    assert 0 < shares["mlp.down_proj"]["B"][-1] < 1
+    assert where.shares(where.mixed(lora, mean, where.PARTS["A alone"]))["mlp.down_proj"]["B"] == [0] * len(lora)

@@ -135,7 +135,9 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     assert all(torch.equal(same[0][k], s[k]) for s in same[1:] for k in s)
     a, b = load_file(folder / "pre/hypernet.safetensors"), load_file(tmp_path / "hypernet.safetensors")
     assert not torch.equal(a["memory"], b["memory"])
-    assert Shine.load(tmp_path).config.r == 2
+    assert Shine.load(tmp_path).config.r == 2 and Shine.load(tmp_path).config.m2p_norm
+    with pytest.raises(UserError, match="--m2p-norm False.*has True"):
+        train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--no-m2p-norm", "--out", str(tmp_path / "no")] + BASE[4:])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
 

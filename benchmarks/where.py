@@ -1,0 +1,77 @@
+"""Where in a generated LoRA is the text? Parts of it are replaced by what they are on average over other texts, and questions asked.
+
+    python -m benchmarks.where [--model DIR] [--json OUT]
+
+A part that is replaced still does what it does for every text (to answer briefly, to not say that there is no text), and nothing for
+this one. Beside it the share of a part's numbers that depends on the text: variance over texts over mean square.
+"""
+import argparse
+import random
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import interval
+from data import Parser, Source, positive, run
+from model import map_lora, write_json
+from shine import DEFAULT_MODEL, LoRA, Shine
+from train import evaluate
+
+LAST = ("self_attn.o_proj", "mlp.down_proj")      # the two linears that write to the residual stream
+PARTS = {      # name: is (layer counted from the end, linear, half) the text's own?
+    "all of it": lambda above, linear, half: True,
+    "none of it": lambda above, linear, half: False,
+    "B alone": lambda above, linear, half: half == "B",
+    "A alone": lambda above, linear, half: half == "A",
+    "the last layer": lambda above, linear, half: above == 0,
+    "all but the last layer": lambda above, linear, half: above > 0,
+    "o_proj and down_proj of the last layer": lambda above, linear, half: above == 0 and linear in LAST,
+    "all but these two": lambda above, linear, half: above > 0 or linear not in LAST,
+}
+
+
+def mean_lora(shine, texts):
+    """The LoRA's mean over texts, one row."""
+    return map_lora(lambda t: t.mean(0, keepdim=True), shine.generate_lora(texts))
+
+
+def mixed(lora, mean, own):
+    """LoRA of the same rows: where own(layer from the end, linear, half) its own numbers, elsewhere those of `mean`."""
+    pick = lambda i, name, k, half: lora[i][name][k] if own(len(lora) - 1 - i, name, half) else mean[i][name][k].expand_as(lora[i][name][k])
+    return LoRA([{name: tuple(pick(i, name, k, half) for k, half in enumerate("AB")) for name in layer} for i, layer in enumerate(lora)], lora.r)
+
+
+def shares(lora):
+    """{linear: {half: [share of the numbers of each layer that depends on the text]}} of a LoRA of many rows."""
+    share = lambda t: round(((t - t.mean(0)).square().mean() / t.square().mean()).item(), 4)
+    return {name: {half: [share(layer[name][k]) for layer in lora] for k, half in enumerate("AB")} for name in lora[0]}
+
+
+def measure(shine, records, others):
+    """-> {"parts": {part: exact match}, "shares": ...}; others: texts whose mean LoRA stands in."""
+    mean = mean_lora(shine, others)
+    parts = {}
+    for part, own in PARTS.items():
+        rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
+        parts[part] = interval(rows, "em")
+        print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
+    with torch.no_grad():
+        return {"parts": parts, "shares": shares(shine.generate_lora(others))}
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEFAULT_MODEL))
+    parser.add_argument("--texts", type=positive(int), default=150, help="held-out generated texts, 4 questions each")
+    parser.add_argument("--json", metavar="OUT", help="write everything measured")
+    args = parser.parse_args(argv)
+    shine, source = Shine.load(args.model), Source("heldout")
+    records = [source.sample(random.Random(4 * 10**6 + i), n_turns=4) for i in range(args.texts)]
+    others = [source.sample(random.Random(5 * 10**6 + i), n_turns=1)["context"] for i in range(64)]
+    result = measure(shine, records, others) | {"model": Path(args.model).name, "texts": args.texts, "torch": torch.__version__}
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    run(main)
