@@ -50,7 +50,7 @@ from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hyperne
 
 STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
-    "pretrain": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
+    "pretrain": dict(lr=4e-3, muon_lr=6e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
 COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15, rival_share=0.25, mined_share=0.15)

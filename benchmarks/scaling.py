@@ -1,4 +1,4 @@
-"""How SHINE scales at our sizes (paper, section 7): language model, rank, meta rank, depth of the M2P, and two ablations.
+"""How SHINE scales at our sizes (paper, section 7): language model, rank, meta rank, depth of the M2P, two ablations, and the recipe of new ones.
 
     python -m benchmarks.scaling                                     trains and scores every cell of the table, on generated texts
     python -m benchmarks.scaling --text DIR --qa FILE ...            with real ones among them
