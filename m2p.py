@@ -96,7 +96,7 @@ class M2P(nn.Module):
 
     axes "rows" (all layers along M) and "columns" (all along L) are for the ablation of section 4's design.
     normalize (not in the paper): each memory state is divided by its root mean square first. Raw ones have norms of 50 to 200, against
-    which the embeddings are nothing and the first layer's softmax sees one key only; without it text reaches the LoRA later.
+    which the embeddings are nothing and the first layer's softmax sees little more than one key; it bears higher learning rates.
     """
 
     def __init__(self, L, M, H, num_layers=4, heads=None, axes="both", normalize=False):
