@@ -116,7 +116,7 @@ class M2P(nn.Module):
         (B, L, M, H), dtype = memory_states.shape, memory_states.dtype
         assert (L, H) == self.layer_pe.shape and M == len(self.token_pe), (memory_states.shape, self.layer_pe.shape)
         if self.normalize:
-            memory_states = F.rms_norm(memory_states, (H,))
+            memory_states = F.rms_norm(memory_states, (H,))      # each of the (B, L, M) vectors by itself
         x = memory_states + self.layer_pe.to(dtype)[:, None] + self.token_pe.to(dtype)      # (B, L, M, H)
         for i, layer in enumerate(self.transformer_layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer

@@ -372,12 +372,21 @@ def parse(argv):
         if not (args.steps or args.minutes or args.dry_run):
             raise UserError(f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, "
                             "two over the MQA data, one over the 1QA data)")
+    elif args.stage == "pretrain" and not unit_memory_states(args):      # without them the higher rates are worse than the lower ones
+        defaults |= {name: STAGES["finetune"][name] for name in ("lr", "muon_lr")}
     for name, value in defaults.items():
         if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
             setattr(args, name, value)
     if args.stage == "base" and args.model is None and not args.dry_run and args.preset in QWEN3:
         raise UserError(f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}")
     return args
+
+
+def unit_memory_states(args):
+    """Whether the hypernetwork of this run, a new one or that of a folder, divides memory states by their root mean square."""
+    start = args.out or f"runs/{args.stage}" if args.resume else args.hypernet or args.model
+    kind = holds_hypernet(start) if start else None
+    return bool(read_json(Path(start) / "hypernet.json").get("m2p_norm")) if kind == "ours" else kind is None and args.m2p_norm is not False
 
 
 def new_config(args, config):

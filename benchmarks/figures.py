@@ -129,8 +129,8 @@ def precision():
 def scaling():
     cells = json.loads((RESULTS / "scaling.json").read_text())["cells"].values()
     groups = {}      # {group: {value: its cells}}, of groups with more than the shared cell
-    for group, shared in ((g, s) for g, s in study.SHARED.items() if g in study.GROUPS):
-        values = dict.fromkeys([cell[group] for cell in study.GROUPS[group]] + [shared])
+    for group, shared in study.SHARED.items():
+        values = dict.fromkeys([cell[group] for cell in study.GROUPS.get(group, ())] + [shared])
         found = {v: same for v in values if (same := [c for c in cells if c["cell"] == study.SHARED | {group: v}])}
         if len(found) > 1:
             groups[group] = dict(sorted(found.items())) if all(isinstance(v, int) for v in found) else found

@@ -17,7 +17,7 @@ from model import map_lora, write_json
 from shine import DEFAULT_MODEL, LoRA, Shine
 from train import evaluate
 
-LAST = ("self_attn.o_proj", "mlp.down_proj")      # the two linears that write to the residual stream
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")      # the two linears that write to the residual stream
 PARTS = {      # name: is (layer counted from the end, linear, half) the text's own?
     "all of it": lambda above, linear, half: True,
     "none of it": lambda above, linear, half: False,
@@ -25,14 +25,14 @@ PARTS = {      # name: is (layer counted from the end, linear, half) the text's 
     "A alone": lambda above, linear, half: half == "A",
     "the last layer": lambda above, linear, half: above == 0,
     "all but the last layer": lambda above, linear, half: above > 0,
-    "o_proj and down_proj of the last layer": lambda above, linear, half: above == 0 and linear in LAST,
-    "all but these two": lambda above, linear, half: above > 0 or linear not in LAST,
+    "o_proj and down_proj of the last layer": lambda above, linear, half: above == 0 and linear in WRITERS,
+    "all but these two": lambda above, linear, half: above > 0 or linear not in WRITERS,
 }
 
 
-def mean_lora(shine, texts):
-    """The LoRA's mean over texts, one row."""
-    return map_lora(lambda t: t.mean(0, keepdim=True), shine.generate_lora(texts))
+def mean_row(lora):
+    """The mean over a LoRA's rows: A (rows, in, r) -> (1, in, r), B (rows, r, out) -> (1, r, out)."""
+    return map_lora(lambda t: t.mean(0, keepdim=True), lora)
 
 
 def mixed(lora, mean, own):
@@ -49,14 +49,13 @@ def shares(lora):
 
 def measure(shine, records, others):
     """-> {"parts": {part: exact match}, "shares": ...}; others: texts whose mean LoRA stands in."""
-    mean = mean_lora(shine, others)
-    parts = {}
+    elsewhere = shine.generate_lora(others)
+    mean, parts = mean_row(elsewhere), {}
     for part, own in PARTS.items():
         rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
-    with torch.no_grad():
-        return {"parts": parts, "shares": shares(shine.generate_lora(others))}
+    return {"parts": parts, "shares": shares(elsewhere)}
 
 
 def main(argv=None):

@@ -60,7 +60,7 @@ def test_texts_are_grouped_by_their_length():
 
 def test_where_the_text_is(shine):
     """All of a LoRA is itself, none of it is the mean; B alone leaves A to the mean; a part that is the same for all texts has no share."""
-    lora, mean = shine.generate_lora(TEXTS), where.mean_lora(shine, TEXTS)
+    lora, mean = (made := shine.generate_lora(TEXTS)), where.mean_row(made)
     A, B = (t.detach() for t in lora[-1]["mlp.down_proj"])
     part = lambda name: where.mixed(lora, mean, where.PARTS[name])[-1]["mlp.down_proj"]
     same = lambda pair, a, b: torch.equal(pair[0], a) and torch.equal(pair[1], b)

@@ -1,5 +1,6 @@
 """The loop: overfitting, resuming, skipping bad steps, two processes, scoring."""
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import train
 from conftest import ROOT, close
 from data import Examples, collate, render
 from model import UserError
-from shine import Shine, ShineConfig
+from shine import DEFAULT_MODEL, Shine, ShineConfig
 from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
 BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
@@ -140,6 +141,13 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
         train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--no-m2p-norm", "--out", str(tmp_path / "no")] + BASE[4:])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
+
+
+def test_higher_rates_are_for_memory_states_of_unit_size(folder):
+    rates = lambda *more: operator.attrgetter("lr", "muon_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
+    assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3)
+    assert rates("--no-m2p-norm") == rates("--model", DEFAULT_MODEL) == rates("--hypernet", DEFAULT_MODEL) == (1e-3, 2e-3)
+    assert rates("--model", DEFAULT_MODEL, "--lr", 5e-4) == (5e-4, 2e-3)
 
 
 def test_a_hypernetwork_made_for_an_earlier_base_is_a_start_on_request(folder, tmp_path):
