@@ -1001,7 +1001,7 @@ class Examples:
     """Examples of a stage, each a pure function of (seed, index): a run can go on anywhere.
 
     stage "base":      (None, ids, weights): the text in a system turn
-    stage "pretrain":  (context ids, ids, weights): reconstruction and completion, half each
+    stage "pretrain":  (context ids, ids, weights): reconstruction and completion, half each; stage "gist" the same
     stage "finetune":  (context ids, ids, weights): questions
     texts: documents of plain text; records: conversations on real texts, one list a file. Both are mixed in by the shares below.
     """
@@ -1119,6 +1119,8 @@ class Examples:
             used += size(more)
         context, turns = (reconstruction if rng.random() < 0.5 else completion)(tok, texts, rng)
         return context, *render(tok, turns)
+
+    gist = pretrain
 
     def finetune(self, rng):
         context, conversations = self.record(rng, self.conversations)

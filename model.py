@@ -283,6 +283,27 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class MemoryCache:
+    """Keys and values of M memory tokens behind a context, for gisting (Shine.gist): reading fills it, answering sees it.
+
+    positions (B,): the position behind each row's last memory token, where its conversation begins.
+    """
+
+    def __init__(self, M, positions, layers=None):
+        self.M, self.positions, self.layers, self.full = M, positions, layers or {}, layers is not None
+
+    def filled(self):
+        """The same for answering. An object of its own: with checkpointing a layer reads again on the way back, behind the answer."""
+        return MemoryCache(self.M, self.positions, self.layers)
+
+    def store(self, layer, k, v):
+        """Reading: keep the last M of k, v (B, kv heads, N + M, head_dim). Answering: put them in front of k, v."""
+        if self.full:
+            return tuple(torch.cat((memory, own), 2) for memory, own in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k[:, :, -self.M:], v[:, :, -self.M:]
+        return k, v
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -377,13 +398,14 @@ class LanguageModel(nn.Module):
         """ids (B, T), mask (B, T) of 1 for real tokens or None -> logits (B, T, V)."""
         return self.head(self.hidden(input_ids, attention_mask, lora))
 
-    def loss(self, batch, lora=None, total=None):
+    def loss(self, batch, lora=None, total=None, memory=None):
         """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6).
 
-        total: what the sum is divided by; None: the sum of this batch's weights. Logits are computed only where a token counts:
-        at the positions batch["counted"] (K,) of the flattened (B, S - 1); found here where the batch lacks them.
+        total: what the sum is divided by; None: the sum of this batch's weights. memory: a filled MemoryCache that every
+        conversation sees. Logits are computed only where a token counts: at the positions batch["counted"] (K,) of the flattened
+        (B, S - 1); found here where the batch lacks them.
         """
-        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora)[:, :-1].flatten(0, 1)
+        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora, memory=memory)[:, :-1].flatten(0, 1)
         weights, targets = batch["weights"][:, 1:].flatten(), batch["input_ids"][:, 1:].flatten()
         counted = batch["counted"] if "counted" in batch else weights.nonzero()[:, 0]
         logits = self.head(hidden[counted]).float()                                          # (K, V)
@@ -395,26 +417,28 @@ class LanguageModel(nn.Module):
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return product(hidden, weight)
 
-    def hidden(self, input_ids, attention_mask=None, lora=None, cache=None, last=0):
-        """The states behind the last norm, (B, T, H), or of the last positions only. With a cache the ids continue what it holds."""
-        return self.model.norm(self._layers(self._embed(input_ids), attention_mask, lora, cache, last)[0])
+    def hidden(self, input_ids, attention_mask=None, lora=None, cache=None, last=0, memory=None):
+        """The states behind the last norm, (B, T, H), or of the last positions only. With a cache the ids continue what it holds;
+        memory: a filled MemoryCache that all of them see."""
+        return self.model.norm(self._layers(self._embed(input_ids), attention_mask, lora, cache, last, memory)[0])
 
-    def read(self, input_ids, attention_mask, memory, lora=None):
+    def read(self, input_ids, attention_mask, memory, lora=None, keep=None):
         """Read a context (paper, section 3): ids (B, N), mask (B, N) or None, memory (M, H) -> memory states (B, L, M, H).
 
-        The M memory embeddings follow the context; kept are their states after each layer, before the final norm.
+        The M memory embeddings follow the context; kept are their states after each layer, before the final norm; their keys and
+        values in `keep`, a new MemoryCache, if there is one.
         """
         x, M = self._embed(input_ids), len(memory)
         x = torch.cat((x, memory.to(x.dtype).expand(len(x), -1, -1)), 1)                     # (B, N + M, H)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, M), value=1)
-        return torch.stack(self._layers(x, attention_mask, lora, last=M)[1], 1)
+        return torch.stack(self._layers(x, attention_mask, lora, last=M, memory=keep)[1], 1)
 
     def _embed(self, input_ids):
         x = self.model.embed_tokens(input_ids)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _layers(self, x, mask, lora, cache=None, last=0):
+    def _layers(self, x, mask, lora, cache=None, last=0, memory=None):
         """x (B, T, H) through all layers -> (x, [the same after each layer]), of all positions or of the `last` ones, which alone go
         through the whole of the last layer: of the others it needs keys and values."""
         T, start = x.shape[1], 0 if cache is None else cache.used
@@ -424,10 +448,10 @@ class LanguageModel(nn.Module):
             if cache.mask is not None:
                 cache.mask[:, start:start + T] = True if mask is None else mask.bool()
                 mask = cache.mask[:, :start + T]
-        angles, bias = self._positions(x, mask, start)
+        angles, bias = self._positions(x, mask, start, memory if memory and memory.full else None)
         kept = []
         for i, layer in enumerate(self.model.layers):
-            args = x, angles, bias, lora[i] if lora else {}, cache, i, last if layer is self.model.layers[-1] else 0
+            args = x, angles, bias, lora[i] if lora else {}, memory or cache, i, last if layer is self.model.layers[-1] else 0
             x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
             if last:
                 kept.append(x[:, -last:])
@@ -435,20 +459,25 @@ class LanguageModel(nn.Module):
             cache.used += T
         return x, kept
 
-    def _positions(self, x, mask, start):
-        """Rotary angles and attention bias for T new tokens behind `start` old ones; mask (B, start + T) or None.
+    def _positions(self, x, mask, start, memory=None):
+        """Rotary angles and attention bias for T new tokens behind `start` old ones; mask (B, start + T) or None; memory: a
+        filled MemoryCache that all T see, behind which their positions go on.
 
         A token sees those before it that have its own number in the mask, where 0 is padding.
         Positions count real tokens only, so that padding on either side changes nothing for them. Where it stands at the end of
         rows of one conversation each, nothing real sees it, and long rows do without a mask: half the scores, none of them kept.
         """
         T, c, device = x.shape[1], self.config, x.device
-        if mask is not None and start == 0 and T >= 512 and device.type == "cpu" and mask.max() <= 1 and not (mask[:, 1:] > mask[:, :-1]).any():
+        if memory and mask is None:
+            mask = torch.ones(1, T, device=device)
+        if mask is not None and not memory and start == 0 and T >= 512 and device.type == "cpu" and mask.max() <= 1 and not (mask[:, 1:] > mask[:, :-1]).any():
             mask = None
         if mask is None:
             positions = torch.arange(start, start + T, device=device)[None]
         else:
             positions = ((mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        if memory:
+            positions = positions + memory.positions[:, None]
         angles = tuple(t.to(x.dtype) for t in rope(positions, c.head_dim, c.rope_theta))
         if mask is None and (start == 0 or T == 1):
             return angles, None
@@ -458,7 +487,8 @@ class LanguageModel(nn.Module):
         column = torch.arange(start + T, device=device)[None]                        # key positions
         own = (mask[:, None, None, :] == mask[:, None, start:, None]) & (mask != 0)[:, None, None, :]
         seen = (column <= row) & own | (column == row)                               # a padded query sees itself: no NaN
-        return angles, torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, float("-inf"))
+        bias = torch.zeros(seen.shape, dtype=x.dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return angles, F.pad(bias, (memory.M, 0)) if memory else bias
 
     # ------------------------------------------------------------------------ generation
     @torch.inference_mode()

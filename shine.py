@@ -34,7 +34,7 @@ from torch import nn
 
 from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
-from model import (Decoder, LanguageModel, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
+from model import (Decoder, LanguageModel, MemoryCache, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
                    new_folder, read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/tiny"
@@ -263,10 +263,10 @@ class Shine(nn.Module):
         return {"memory": self.memory, "meta_lora": self.meta_lora} | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
 
     # ------------------------------------------------------------------------ the two passes
-    def read(self, context_ids, mask=None):
-        """Section 3: ids (B, N), mask (B, N) -> memory states (B, L, M, H)."""
+    def read(self, context_ids, mask=None, keep=None):
+        """Section 3: ids (B, N), mask (B, N) -> memory states (B, L, M, H); their keys and values in `keep`, a MemoryCache."""
         meta = cut(self.meta_lora, self.base.config, self.config.meta_r) if self.config.meta_r else None
-        return self.base.read(context_ids, mask, self.memory, meta)
+        return self.base.read(context_ids, mask, self.memory, meta, keep)
 
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
@@ -295,6 +295,17 @@ class Shine(nn.Module):
     def forward(self, batch, total=None):
         """Section 6: the loss of a batch (data.py says its fields); gradients reach all that trains."""
         return self.base.loss(batch, self.generate_lora(batch["context_ids"], batch["context_mask"]), total)
+
+    def gist(self, batch, total=None):
+        """The loss of a batch where the conversation attends to keys and values of the memory tokens, in every layer, in the place
+        of a LoRA: no M2P in between, so that reading is learnt many times sooner (gist tokens, Mu et al. 2023; not in the paper)."""
+        return self.base.loss(batch, None, total, self.memory_cache(batch["context_ids"], batch["context_mask"]))
+
+    def memory_cache(self, context_ids, mask):
+        """ids (B, N), mask (B, N) -> the MemoryCache that a conversation about these texts sees."""
+        cache = MemoryCache(self.M, mask.sum(1) + self.M)
+        self.read(context_ids, mask, cache)
+        return cache.filled()
 
     def encode_context(self, text):
         """str -> (ids that fit, number of tokens left out)."""

@@ -2,7 +2,9 @@
 
     stage      data (data.Examples)                              what trains                        starts from
     base       conversations with the text in the prompt, text   the language model                 nothing, or --model
-    pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base of --model
+    gist       as pretrain, and questions; no LoRA: the          memory embeddings, meta LoRA       the base of --model
+               conversation sees the memory tokens themselves
+    pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base or hypernetwork of --model
     finetune   questions about a text                            the same                           the hypernetwork of --model,
                                                                                                     a new one where there is none
 
@@ -50,10 +52,13 @@ from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hyperne
 
 STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
+    "gist": dict(lr=4e-3, muon_lr=0.0, warmup=30, batch=8, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10,
+                 question_share=0.6, conversations=4),
     "pretrain": dict(lr=4e-3, muon_lr=6e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
-COMMON = dict(accumulate=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15, rival_share=0.25, mined_share=0.15)
+COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
+              rival_share=0.25, mined_share=0.15)
 SIZES = dict(rank=4, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0)                        # real text only
@@ -113,16 +118,19 @@ def evaluate(base, tokenizer, records, condition, shine=None, batch=50, make_lor
 
 
 @torch.no_grad()
-def token_accuracy(shine, texts):
-    """Share of tokens that reconstruction gets right, each predicted behind the true ones before it (section 6)."""
+def token_accuracy(shine, texts, gist=False):
+    """Share of tokens that reconstruction gets right, each predicted behind the true ones before it (section 6).
+
+    gist: by attention to the memory tokens, without the M2P and its LoRA."""
     right = total = 0
     for text in texts:
         ids, _ = shine.encode_context(text)
         tok = shine.tokenizer
         head = tok.roles["user"] + [tok.recon, tok.im_end] + tok.newline + tok.roles["assistant"]
         row = torch.tensor([head + ids], device=shine.device)
-        lora = shine.generate_lora(torch.tensor([ids], device=shine.device))
-        guess = shine.base(row, None, lora).argmax(-1)[0, len(head) - 1:-1]
+        context = torch.tensor([ids], device=shine.device)
+        seen = {"memory": shine.memory_cache(context, torch.ones_like(context))} if gist else {"lora": shine.generate_lora(context)}
+        guess = shine.base.head(shine.base.hidden(row, **seen)).argmax(-1)[0, len(head) - 1:-1]
         right, total = right + int((guess == row[0, len(head):]).sum()), total + len(ids)
     return right / total
 
@@ -140,6 +148,21 @@ class Base(nn.Module):
 
     def trained(self):
         return dict(self.model.named_parameters())
+
+
+class Gist(nn.Module):
+    """The gist stage likewise; a new M2P waits for the next stage."""
+
+    def __init__(self, shine):
+        super().__init__()
+        self.shine = shine
+        shine.m2p.requires_grad_(False)
+
+    def forward(self, batch, total=None):
+        return self.shine.gist(batch, total)
+
+    def trained(self):
+        return {"memory": self.shine.memory, "meta_lora": self.shine.meta_lora}
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -322,11 +345,11 @@ def parse(argv):
     add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
     add("--wild-share", type=float, help="share (default 0.3) of generated values that are any word of the tokenizer")
     add("--random-share", type=float, help="share (default 0.15) of passages to copy that are tokens in random order")
-    add("--question-share", type=float, default=0.0, help="share of question examples in the pretrain stage")
+    add("--question-share", type=float, help="share of question examples in the stages pretrain (default 0) and gist (0.6)")
     add("--rival-share", type=float, help="share (default 0.25) of generated texts that say mostly one thing of several people")
     add("--mined-share", type=float, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
     add("--recall-share", type=float, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
-    add("--conversations", type=positive(int), default=1, help="question examples: so many conversations about one text, as far as they fit")
+    add("--conversations", type=positive(int), help="question examples: so many conversations about one text, as far as they fit (default 1; stage gist 4)")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
     add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
@@ -367,7 +390,7 @@ def parse(argv):
     elif args.preset:
         if (args.stage, args.preset) not in PAPER_STAGES:
             raise UserError(f"--preset {args.preset} is not one of stage {args.stage}: "
-                            + " or ".join(p for s, p in PAPER_STAGES if s == args.stage) + ", or none")
+                            + " or ".join([*(p for s, p in PAPER_STAGES if s == args.stage), "none"]))
         defaults |= PAPER | PAPER_STAGES[args.stage, args.preset]
         if not (args.steps or args.minutes or args.dry_run):
             raise UserError(f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, "
@@ -440,7 +463,8 @@ def build(args, device, dtype, texts):
         from torch.distributed.fsdp import fully_shard
         for layer in model.model.layers:      # gathered when it is met; embeddings and norm stay whole
             fully_shard(layer)
-    return shine.to(device), model, shine.tokenizer, shine
+    shine.to(device)
+    return Gist(shine) if args.stage == "gist" else shine, model, shine.tokenizer, shine
 
 
 def give_back_memory():
@@ -507,7 +531,7 @@ class Unseen:
             scored = evaluate(model, tokenizer, self.records, condition, shine)
             metrics[condition] = {k: round(sum(r[k] for r in scored) / len(scored), 4) for k in ("em", "f1")}
         if shine:
-            metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in self.records]), 4)
+            metrics["reconstruction"] = round(token_accuracy(shine, [r["context"] for r in self.records], isinstance(module, Gist)), 4)
         torch.compiler.set_stance("default")
         module.train()
         return metrics
@@ -604,7 +628,7 @@ def main(argv=None):
         if rank and not args.shard:      # a sharded model answers on all ranks or on none
             return
         fixed = () if shine and state["metrics"] else ("in-context", "question")      # the frozen base's own, which do not change
-        metrics = unseen.score(module, model, tokenizer, shine, fixed + (("shine",) if shine else ()), device)
+        metrics = unseen.score(module, model, tokenizer, shine, fixed + (("shine",) if shine is module else ()), device)
         state["metrics"] = state["metrics"] | metrics
         if rank:
             return
@@ -724,7 +748,8 @@ def dry_run(args):
             module, shine, length = Base(model), None, lambda name: getattr(args, name) or SIZES[name]
         else:
             stored = stored_dtype(name) if args.base and device.type == "cpu" else dtype         # as build does it
-            module = shine = Shine(model.to(stored), Ids(), new_config(args, config))
+            shine = Shine(model.to(stored), Ids(), new_config(args, config))
+            module = Gist(shine) if args.stage == "gist" else shine
             length = lambda name: getattr(shine.config, name)
         model.compute_dtype = dtype
         B, N, S = args.batch, length("context_length"), length("conversation_length")

@@ -32,7 +32,8 @@ GROUPS = {
     "m2p_layers": [{"m2p_layers": 0}, {"m2p_layers": 2}, {"m2p_layers": 6}],
     "m2p_axes": [{"m2p_axes": "rows"}, {"m2p_axes": "columns"}],
     "order": [{"order": "pretrain first"}, {"order": "questions only"}],                     # half reconstruction, then half questions
-    "recipe": [{"m2p_norm": "yes"}, {"rates": "4e-3 6e-3"}, {"m2p_norm": "yes", "rates": "4e-3 6e-3"}],      # the last is train.py's for a new hypernetwork
+    "recipe": [{"m2p_norm": "yes"}, {"rates": "4e-3 6e-3"}, {"m2p_norm": "yes", "rates": "4e-3 6e-3"},      # the last of these is train.py's for a new one,
+               {"m2p_norm": "yes", "rates": "4e-3 6e-3", "order": "gist first"}],                             # here after half of the samples without an M2P
 }
 
 
@@ -69,22 +70,22 @@ def measure(cell, seed, args, data):
     sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes")]
     sizes += ["--m2p-norm" if cell["m2p_norm"] == "yes" else "--no-m2p-norm"]
     lr, muon_lr = cell["rates"].split()
-    common = ["--lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-every", -(-args.steps // 4),
-              "--eval-texts", args.eval_texts, *data]
+    common = ["--lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
-              "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)]}[cell["order"]]
+              "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)],
+              "gist first": [("gist", 0.6, 4 * (args.steps // 2)), ("pretrain", 0.8, args.steps // 2)]}[cell["order"]]      # its batches are of 8
     started, model, log, samples = time.perf_counter(), args.out / "fresh", [], 0
     for stage, share, steps in phases:
         shutil.rmtree(out, ignore_errors=True)
-        more = ["--question-share", share, *sizes] if stage == "pretrain" else []
-        lines = call(out, "--stage", stage, "--model", model, "--steps", steps, *more, *common)
+        more = [] if stage == "finetune" else ["--question-share", share, *sizes]
+        lines = call(out, "--stage", stage, "--model", model, "--steps", steps, "--eval-every", steps if stage == "gist" else -(-args.steps // 4), *more, *common)
         log += [line | {"samples": samples + line["samples"]} for line in lines if "samples" in line]      # the second phase goes on counting
         samples = log[-1]["samples"]
         if len(phases) > 1:
             model = args.out / "first"
             shutil.rmtree(model, ignore_errors=True)
             out.rename(model)
-    metrics = [line for line in log if "unseen" in line]
+    metrics = [line for line in log if "shine" in line.get("unseen", ())]      # gisting has no LoRA to answer with
     last, first = metrics[-1]["unseen"], metrics[0]["unseen"]
     loss = last["loss"] if stage == "pretrain" else None      # that of another stage is not to be compared
     return {"em": last["shine"]["em"], "f1": last["shine"]["f1"], "loss": loss, "reconstruction": last["reconstruction"],

@@ -17,6 +17,8 @@ def calls(monkeypatch):
         out.mkdir(parents=True)
         made.append(list(map(str, args)))
         scores = {"shine": {"em": 0.5, "f1": 0.6}, "in-context": {"em": 0.8}, "question": {"em": 0.0}, "loss": 1.0, "reconstruction": 0.7}
+        if value(made[-1], "--stage") == "gist":
+            del scores["shine"]
         return [{"step": 1, "loss": 2.0}, {"step": 2, "samples": 64, "unseen": scores}]
     monkeypatch.setattr(scaling, "call", call)
     return made
@@ -42,6 +44,15 @@ def test_cells_differ_in_one_thing_and_are_not_run_twice(tmp_path, calls, capsys
     assert len(calls) == 6
     with pytest.raises(UserError, match="use these or another --json"):
         scaling.main([*arguments, "--steps", "9"])
+
+
+def test_gisting_takes_its_half_of_the_steps(tmp_path, calls):
+    scaling.main(["--only", "recipe", "--steps", "8", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "s.json")])
+    first, second = calls[3:]
+    assert [value(a, "--stage") for a in (first, second)] == ["gist", "pretrain"] and value(second, "--model").endswith("first")
+    assert value(first, "--steps") == "16" and value(second, "--steps") == "4"           # of 8 and of 32 texts
+    cells = json.loads((tmp_path / "s.json").read_text())["cells"]
+    assert cells[next(name for name in cells if "gist" in name)]["curve"] == [[128, 0.5, 1.0]]
 
 
 def test_language_models_are_trained_once(tmp_path, calls):

@@ -7,7 +7,7 @@ import torch
 
 from conftest import close
 from data import Examples, collate
-from model import Config, LanguageModel, UserError, cut, lora_size
+from model import Config, LanguageModel, UserError, cut, lora_size, rope
 from shine import Conversation, LoRA, Shine, ShineConfig, fingerprint
 from train import save_base
 
@@ -49,6 +49,48 @@ def test_loss_is_one_mean_over_all_counted_tokens(shine, batch):
     logits = shine.base(batch["input_ids"], batch["attention_mask"], lora).log_softmax(-1)
     picked = [-logits[b, t, batch["input_ids"][b, t + 1]] for b in range(2) for t in range(10) if batch["weights"][b, t + 1]]
     assert close(shine(batch), torch.stack(picked).mean())
+
+
+def test_gisting_is_one_sequence_whose_conversation_sees_memory_tokens_only(shine, batch):
+    base, M, want = shine.base, shine.M, []
+    shine.meta_lora.data.zero_()                       # so that one pass over everything is the same as two
+    for context, row in (("Mara has a parrot.", "who? parrot"), ("Tom has a cat", "what? cat")):
+        N, S = len(context), len(row)
+        tokens = base.model.embed_tokens.weight[list((context + row).encode())]
+        x = torch.cat((tokens[:N], shine.memory, tokens[N:]))[None]
+        seen = torch.ones(N + M + S, N + M + S).tril().bool()
+        seen[N + M:, :N] = False
+        bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+        angles = rope(torch.arange(N + M + S)[None], base.config.head_dim, base.config.rope_theta)
+        for layer in base.model.layers:
+            x = layer(x, angles, bias, {})
+        want.append(base.model.norm(x)[0, N + M:])
+    got = base.hidden(batch["input_ids"], batch["attention_mask"], memory=shine.memory_cache(batch["context_ids"], batch["context_mask"]))
+    assert all(close(g[:len(w)], w) for g, w in zip(got, want))
+    alone = base.hidden(batch["input_ids"][:1], memory=shine.memory_cache(batch["context_ids"][:1], batch["context_mask"][:1]))
+    assert close(alone, got[:1])
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_gisting_trains_what_reads_and_keeps_conversations_apart(shine, batch, checkpointing):
+    shine.base.checkpointing = checkpointing
+    batch["attention_mask"] = torch.tensor([[1] * 5 + [0] + [2] * 5, [1] * 9 + [0] * 2])
+    batch["weights"][0, 5] = 0
+    loss = shine.gist(batch)
+    loss.backward()
+    assert {n.split(".")[0] for n, p in shine.trained().items() if p.grad is not None and p.grad.abs().max() > 0} == {"memory", "meta_lora"}
+    first, grad = loss.item(), shine.memory.grad.clone()
+    batch["input_ids"][0, :5] += 1                     # another first conversation: the second, which has the loss, does not see it
+    assert shine.gist(batch).item() == pytest.approx(first, rel=1e-6)
+    batch["context_ids"][0] += 1
+    assert shine.gist(batch).item() != pytest.approx(first, rel=1e-4)
+    if checkpointing:
+        shine.base.checkpointing = False
+        batch["input_ids"][0, :5] -= 1
+        batch["context_ids"][0] -= 1
+        shine.zero_grad()
+        shine.gist(batch).backward()
+        assert close(shine.memory.grad, grad)
 
 
 def test_rows_of_a_batch_are_texts_on_their_own(shine):

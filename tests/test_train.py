@@ -143,6 +143,23 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
 
 
+def test_gisting_first_then_the_rest(folder, tmp_path):
+    more = ["--rank", "2", "--steps", "2"] + BASE[4:]
+    train.main(["--stage", "gist", "--model", str(folder / "base"), "--out", str(tmp_path / "gist")] + more)
+    a, b = load_file(tmp_path / "gist/hypernet.safetensors"), load_file(folder / "pre/hypernet.safetensors")     # the same seed
+    new = Shine(Shine.load(tmp_path / "gist").base, Shine.load(tmp_path / "gist").tokenizer, ShineConfig(2, 24, m2p_norm=True))
+    start = {n: p.to(torch.bfloat16) for n, p in new.trained().items()}
+    assert a.keys() == b.keys() == start.keys()
+    assert {n.split(".")[0] for n in a if not torch.equal(a[n], start[n])} == {"memory", "meta_lora"}
+    assert {n.split(".")[0] for n in b if not torch.equal(b[n], start[n])} == {"memory", "meta_lora", "m2p"}
+    scored = json.loads((tmp_path / "gist/log.jsonl").read_text().splitlines()[-1])["unseen"]
+    assert set(scored) == {"loss", "in-context", "question", "reconstruction"}      # there is no LoRA yet to answer with
+    train.main(["--stage", "pretrain", "--model", str(tmp_path / "gist"), "--out", str(tmp_path / "pre"), "--steps", "1"] + BASE[4:])
+    train.main(["--stage", "gist", "--resume", "--out", str(tmp_path / "gist"), "--rank", "2", "--steps", "3"] + BASE[4:])
+    with pytest.raises(UserError, match="paper is not one of stage gist: none"):
+        train.main(["--stage", "gist", "--preset", "paper", "--steps", "1"])
+
+
 def test_higher_rates_are_for_memory_states_of_unit_size(folder):
     rates = lambda *more: operator.attrgetter("lr", "muon_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
     assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3)
