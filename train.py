@@ -696,7 +696,8 @@ def main(argv=None):
                                   "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
                                   "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
         last = now
-    say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}")
+    say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}"
+        + (f"; it reads, but its M2P is untrained: go on with --stage pretrain --model {out}" if args.stage == "gist" else ""))
     if world > 1:
         dist.destroy_process_group()
 

@@ -143,9 +143,10 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
 
 
-def test_gisting_first_then_the_rest(folder, tmp_path):
+def test_gisting_first_then_the_rest(folder, tmp_path, capsys):
     more = ["--rank", "2", "--steps", "2"] + BASE[4:]
     train.main(["--stage", "gist", "--model", str(folder / "base"), "--out", str(tmp_path / "gist")] + more)
+    assert f"go on with --stage pretrain --model {tmp_path / 'gist'}" in capsys.readouterr().out
     a, b = load_file(tmp_path / "gist/hypernet.safetensors"), load_file(folder / "pre/hypernet.safetensors")     # the same seed
     new = Shine(Shine.load(tmp_path / "gist").base, Shine.load(tmp_path / "gist").tokenizer, ShineConfig(2, 24, m2p_norm=True))
     start = {n: p.to(torch.bfloat16) for n, p in new.trained().items()}
