@@ -323,8 +323,8 @@ def parse(argv):
     add("--preset", choices=[*PRESETS, *QWEN3, "paper", "paper-1qa"],
         help="stage base: size of a new language model (default tiny); else paper, paper-1qa: the paper's settings")
     add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
-    add("--base", help="stages pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
-    add("--hypernet", help="stages pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model")
+    add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
+    add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -380,12 +380,12 @@ def parse(argv):
     defaults = COMMON | STAGES[args.stage]
     if args.stage == "base":
         if args.base or str(args.preset).startswith("paper"):
-            raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages pretrain and finetune; "
+            raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages gist, pretrain and finetune; "
                             "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
         if args.hypernet:
-            raise UserError(f"--hypernet {args.hypernet} is for the stages pretrain and finetune: stage base has no hypernetwork")
+            raise UserError(f"--hypernet {args.hypernet} is for the stages gist, pretrain and finetune: stage base has no hypernetwork")
         if args.shard:
-            raise UserError("--shard spreads a frozen language model: stages pretrain and finetune")
+            raise UserError("--shard spreads a frozen language model: stages gist, pretrain and finetune")
         args.preset = args.preset or "tiny"
     elif args.preset:
         if (args.stage, args.preset) not in PAPER_STAGES:
@@ -395,6 +395,8 @@ def parse(argv):
         if not (args.steps or args.minutes or args.dry_run):
             raise UserError(f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, "
                             "two over the MQA data, one over the 1QA data)")
+    elif args.stage == "gist" and args.compile:      # a compiled layer would be compiled again for each state of the MemoryCache
+        raise UserError("--compile is for the other stages: in the stage gist layers pass keys and values on, which is not compiled; leave it out")
     elif args.stage == "pretrain" and not unit_memory_states(args):      # without them the higher rates are worse than the lower ones
         defaults |= {name: STAGES["finetune"][name] for name in ("lr", "muon_lr")}
     for name, value in defaults.items():
@@ -697,7 +699,7 @@ def main(argv=None):
                                   "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
         last = now
     say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}"
-        + (f"; it reads, but its M2P is untrained: go on with --stage pretrain --model {out}" if args.stage == "gist" else ""))
+        + (f"; it reads, but its M2P did not train: go on with --stage pretrain --model {out}" if args.stage == "gist" else ""))
     if world > 1:
         dist.destroy_process_group()
 
@@ -778,12 +780,14 @@ def dry_run(args):
     gib = lambda n: f"{n / 2 ** 30:9.3f}"
     trained = module.trained()
     count = sum(p.numel() for p in trained.values())
-    frozen = 0 if shine is None else sum(p.nbytes for p in model.parameters())
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    frozen, frozen_count = sum(p.nbytes for p in frozen), sum(p.numel() for p in frozen)
+    m2p = sum(p.numel() for n, p in trained.items() if n.startswith("m2p."))      # none in the gist stage
     moments = count * (4 if args.moments16 else 8)
     print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
-    print(f"parameters    frozen {0 if shine is None else sum(p.numel() for p in model.parameters()):,}, trained {count:,}"
+    print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
           + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
-             f"M2P {sum(p.numel() for p in shine.m2p.parameters()):,})" if shine else ""))
+             f"M2P {m2p:,})" if shine else ""))
     if shine:
         print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")

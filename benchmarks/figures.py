@@ -154,20 +154,21 @@ def scaling():
     save(figure, "scaling.svg")
 
 
-def keep(logs):
-    """NAME=RUN ... -> results/training.json: the evaluations that train.py logged."""
+def keep(logs, result):
+    """NAME=RUN ... -> results/RESULT.json: the evaluations that train.py logged."""
     stages = {}
     for name, _, folder in (log.partition("=") for log in logs):
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         stages[name] = [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]
-    write_json(RESULTS / "training.json", stages)
+    write_json(RESULTS / f"{result}.json", stages)
 
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
-    if logs := parser.parse_args().log:
-        keep(logs)
+    parser.add_argument("--to", choices=("training", "gist"), default="training", help="which result the logs are")
+    if (args := parser.parse_args()).log:
+        keep(args.log, args.to)
     quality()
     groups()
     training()

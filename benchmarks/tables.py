@@ -150,6 +150,14 @@ def scaling():
     return study.table(read("scaling"))
 
 
+def gist():
+    lines = ["| | minutes | samples | loss, unseen | reconstruction, % of tokens | SHINE, exact match, % |", "|---|---|---|---|---|---|"]
+    for title, points in read("gist").items():
+        p = points[-1]
+        lines.append(f"| {title} | {p['minutes']:.0f} | {p['samples']:,} | {p['loss']:.3f} | {100 * p['reconstruction']:.1f} | " + (f"{100 * p['shine']['em']:.1f} |" if "shine" in p else "|"))
+    return "\n".join(lines)
+
+
 def fill(text):
     """README text -> the same with every table made anew."""
     make = lambda m: f"<!-- table: {m[1]} -->\n{globals()[m[1]]()}\n<!-- end -->"

@@ -143,9 +143,11 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     assert {"in-context", "question", "shine"} <= set(lines[-1]["unseen"])
 
 
-def test_gisting_first_then_the_rest(folder, tmp_path, capsys):
+def test_gisting_first_then_the_rest(folder, tmp_path, capsys, monkeypatch):
     more = ["--rank", "2", "--steps", "2"] + BASE[4:]
-    train.main(["--stage", "gist", "--model", str(folder / "base"), "--out", str(tmp_path / "gist")] + more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Shine, "generate_lora", None)                     # neither trained nor scored through a LoRA
+        train.main(["--stage", "gist", "--model", str(folder / "base"), "--out", str(tmp_path / "gist")] + more)
     assert f"go on with --stage pretrain --model {tmp_path / 'gist'}" in capsys.readouterr().out
     a, b = load_file(tmp_path / "gist/hypernet.safetensors"), load_file(folder / "pre/hypernet.safetensors")     # the same seed
     new = Shine(Shine.load(tmp_path / "gist").base, Shine.load(tmp_path / "gist").tokenizer, ShineConfig(2, 24, m2p_norm=True))
@@ -157,6 +159,9 @@ def test_gisting_first_then_the_rest(folder, tmp_path, capsys):
     assert set(scored) == {"loss", "in-context", "question", "reconstruction"}      # there is no LoRA yet to answer with
     train.main(["--stage", "pretrain", "--model", str(tmp_path / "gist"), "--out", str(tmp_path / "pre"), "--steps", "1"] + BASE[4:])
     train.main(["--stage", "gist", "--resume", "--out", str(tmp_path / "gist"), "--rank", "2", "--steps", "3"] + BASE[4:])
+    assert train.main(["--stage", "gist", "--model", str(folder / "base"), "--dry-run"] + more)["trained"] == sum(a[n].numel() for n in ("memory", "meta_lora"))
+    with pytest.raises(UserError, match="--compile is for the other stages"):
+        train.main(["--stage", "gist", "--compile"])
     with pytest.raises(UserError, match="paper is not one of stage gist: none"):
         train.main(["--stage", "gist", "--preset", "paper", "--steps", "1"])
 
