@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -278,7 +277,6 @@ def main(argv=None):
     result["cold start"] = cold_start()
     if not args.quick:
         result["growth"] = growth(device, dtype)
-    result["peak GiB of this process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(json.dumps({k: v for k, v in result.items() if k not in args.size}, indent=1))
     if args.json:
         write_json(args.json, (read_json(args.json) if Path(args.json).is_file() else {}) | result)
