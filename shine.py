@@ -222,6 +222,7 @@ class Shine(nn.Module):
         super().__init__()
         self.base, self.tokenizer, self.config = base.requires_grad_(False), tokenizer, config
         self.base_id = fingerprint(base)
+        self.reads_only = False            # behind the stage gist: no M2P has trained yet
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
         try:
@@ -344,7 +345,8 @@ class Shine(nn.Module):
     # ------------------------------------------------------------------------ folders
     def save(self, folder, dtype=torch.bfloat16):
         """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json where it is ours."""
-        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_id, "base_name": self.base.name})
+        write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_id, "base_name": self.base.name}
+                   | ({"reads_only": True} if self.reads_only else {}))
         tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.trained().items()}
         write_file(Path(folder) / "hypernet.safetensors", lambda p: save_file(tensors, p))
 
@@ -383,6 +385,7 @@ class Shine(nn.Module):
             tensors = read_tensors(path.with_suffix(".safetensors"))
         with torch.device("meta"):
             shine = cls(base, tokenizer, config)
+        shine.reads_only = tensors is not None and raw.get("reads_only") is True
         if folder is None:
             return shine.eval()
         tensors = tensors or shine.from_published(published, folder)
@@ -675,6 +678,8 @@ def main(argv=None):
         lora, facts = LoRA.load(args.load, shine.base), {"loaded": args.load}
         say(f"loaded {args.load}: rank {lora.r}, made from a text of {lora.info.get('tokens', '?')} tokens")
     else:
+        if shine.reads_only:
+            say(f"{args.hypernet or folder} is from the stage gist: its M2P has not trained, so the answers cannot fit (train.py --stage pretrain --model goes on from it)")
         lora, facts = absorb(shine, text, say)
     if args.inspect:
         if text is None:

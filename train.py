@@ -362,7 +362,7 @@ def parse(argv):
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
     add("--m2p-norm", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): memory states of unit size for the M2P")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
-    add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02 at H = 192, smaller in proportion at larger H)")
+    add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02, from H = 192 on smaller in proportion)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--save-every", type=positive(float), help="the same between checkpoints without one (default: none)")
     add("--eval-texts", type=positive(int), default=60)
@@ -417,7 +417,7 @@ def unit_memory_states(args):
 def new_config(args, config):
     """The sizes of a new hypernetwork for a language model: what the flags say, else SIZES."""
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
-    scale = round(args.scale or 0.02 * 192 / config.hidden_size, 6)      # see ShineConfig.scale
+    scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
                        size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False)
 
@@ -466,6 +466,7 @@ def build(args, device, dtype, texts):
         for layer in model.model.layers:      # gathered when it is met; embeddings and norm stay whole
             fully_shard(layer)
     shine.to(device)
+    shine.reads_only = args.stage == "gist"
     return Gist(shine) if args.stage == "gist" else shine, model, shine.tokenizer, shine
 
 
@@ -519,7 +520,7 @@ class Unseen:
     def __init__(self, args, tokenizer):
         source = Source("heldout", args.max_facts)
         self.records = [source.sample(random.Random(10**9 + i), n_turns=4) for i in range(args.eval_texts)]
-        examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6 + args.seed,
+        examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, seed=10**6,
                             max_facts=args.max_facts, split="heldout", packing=args.packing)
         self.batch = collate([examples(i) for i in range(min(32, args.eval_texts))], tokenizer)
 

@@ -1,4 +1,5 @@
 """The loop: overfitting, resuming, skipping bad steps, two processes, scoring."""
+import argparse
 import json
 import operator
 import os
@@ -9,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import shine
 import train
 from conftest import ROOT, close
 from data import Examples, collate, render
-from model import UserError
+from model import Config, UserError
 from shine import DEFAULT_MODEL, Shine, ShineConfig
 from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
@@ -158,12 +160,29 @@ def test_gisting_first_then_the_rest(folder, tmp_path, capsys, monkeypatch):
     scored = json.loads((tmp_path / "gist/log.jsonl").read_text().splitlines()[-1])["unseen"]
     assert set(scored) == {"loss", "in-context", "question", "reconstruction"}      # there is no LoRA yet to answer with
     train.main(["--stage", "pretrain", "--model", str(tmp_path / "gist"), "--out", str(tmp_path / "pre"), "--steps", "1"] + BASE[4:])
+    for name, warned in (("gist", True), ("pre", False)):
+        capsys.readouterr()
+        shine.main(["A text.", "--model", str(tmp_path / name), "--ask", "What?"])
+        assert (f"{tmp_path / name} is from the stage gist" in capsys.readouterr().out) == warned
     train.main(["--stage", "gist", "--resume", "--out", str(tmp_path / "gist"), "--rank", "2", "--steps", "3"] + BASE[4:])
     assert train.main(["--stage", "gist", "--model", str(folder / "base"), "--dry-run"] + more)["trained"] == sum(a[n].numel() for n in ("memory", "meta_lora"))
     with pytest.raises(UserError, match="--compile is for the other stages"):
         train.main(["--stage", "gist", "--compile"])
     with pytest.raises(UserError, match="paper is not one of stage gist: none"):
         train.main(["--stage", "gist", "--preset", "paper", "--steps", "1"])
+
+
+def test_scale_of_a_new_hypernetwork_falls_with_the_width_from_192_on():
+    """In proportion below it too, scale was 0.06 at H = 64: a LoRA so large that nothing was learnt."""
+    scale = lambda H: train.new_config(train.parse(["--stage", "pretrain"]), Config(hidden_size=H)).scale
+    assert [scale(H) for H in (64, 192, 384, 4096)] == pytest.approx([0.02, 0.02, 0.01, 0.0009375], rel=1e-3)
+
+
+def test_runs_of_different_seeds_are_measured_on_the_same_examples(tokenizer):
+    args = train.parse(["--stage", "pretrain", "--eval-texts", "3"])
+    args.context_length, args.conversation_length = 192, 256
+    one, two = (train.Unseen(argparse.Namespace(**vars(args) | {"seed": seed}), tokenizer) for seed in (0, 1))
+    assert one.records == two.records and torch.equal(one.batch["input_ids"], two.batch["input_ids"])
 
 
 def test_higher_rates_are_for_memory_states_of_unit_size(folder):
