@@ -47,10 +47,11 @@ def plain_start(shine, rows, seed=0):
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 
-def fit(shine, start, examples, steps, lr, dtype=None):
+def fit(shine, start, examples, steps, lr, dtype=None, mask=None):
     """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
 
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
+    mask (1, L, P): 1 where the LoRA trains, 0 where it stays.
     """
     flat, r, c = start.clone().requires_grad_(), shine.config.r, shine.base.config
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
@@ -60,6 +61,8 @@ def fit(shine, start, examples, steps, lr, dtype=None):
         shine.base.compute_dtype = dtype
         shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, cut(flat, c, r), total=1.0).backward()
         shine.base.compute_dtype = None                                        # between steps LoRAs are scored
+        if mask is not None:
+            flat.grad.mul_(mask)
         norm = flat.grad.flatten(1).norm(dim=1)[:, None, None]                 # each row's own gradient is clipped at 1
         flat.grad.mul_((1 / norm.clamp(min=1e-12)).clamp(max=1.0))
         optimizer.step()

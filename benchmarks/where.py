@@ -3,7 +3,8 @@
     python -m benchmarks.where [--model DIR] [--json OUT]
 
 A part that is replaced still does what it does for every text (to answer briefly, to not say that there is no text), and nothing for
-this one. Beside it the share of a part's numbers that depends on the text: variance over texts over mean square.
+this one. Beside it the share of a part's numbers that depends on the text: variance over texts over mean square. And what the part can
+hold: from the mean on, it alone is trained by gradient on ten other conversations about each text, and the same questions are asked.
 """
 import argparse
 import random
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import interval
+from benchmarks.quality import EPOCHS, OTHERS, conversation_rows, fit, interval, score, train_dtype
 from data import Parser, Source, positive, run
-from model import map_lora, write_json
+from model import flatten, map_lora, write_json
 from shine import DEFAULT_MODEL, LoRA, Shine
 from train import evaluate
 
@@ -26,6 +27,8 @@ PARTS = {      # name: is (layer counted from the end, linear, half) the text's 
     "the last layer": lambda above, linear, half: above == 0,
     "all but the last layer": lambda above, linear, half: above > 0,
     "o_proj and down_proj of the last layer": lambda above, linear, half: above == 0 and linear in WRITERS,
+    "their B alone": lambda above, linear, half: above == 0 and linear in WRITERS and half == "B",
+    "the same B one layer before": lambda above, linear, half: above == 1 and linear in WRITERS and half == "B",
     "all but these two": lambda above, linear, half: above > 0 or linear not in WRITERS,
 }
 
@@ -47,27 +50,44 @@ def shares(lora):
     return {name: {half: [share(layer[name][k]) for layer in lora] for k, half in enumerate("AB")} for name in lora[0]}
 
 
-def measure(shine, records, others):
-    """-> {"parts": {part: exact match}, "shares": ...}; others: texts whose mean LoRA stands in."""
+def by_gradient(shine, records, mean, own, rate):
+    """One LoRA a record, flat (rows, L, P): the mean, and where own(...) what gradient steps on the record's other conversations make of it."""
+    mask = flatten(mixed(LoRA(map_lora(torch.ones_like, mean), shine.config.r), map_lora(torch.zeros_like, mean), own))
+    rows, start = [conversation_rows(shine, r, len(OTHERS)) for r in records], flatten(mean).repeat(len(records), 1, 1)
+    steps = EPOCHS * len(OTHERS) if mask.any() else 0
+    return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask))][-1]
+
+
+def measure(shine, records, others, gradient=0, rate=0.01):
+    """-> {"parts": {part: exact match}, "by gradient": the same, "shares": ...}; others: texts whose mean LoRA stands in.
+
+    gradient: so many of the records are learnt by gradient; 0: none.
+    """
     elsewhere = shine.generate_lora(others)
-    mean, parts = mean_row(elsewhere), {}
+    mean, parts, held = mean_row(elsewhere), {}, {}
     for part, own in PARTS.items():
         rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "shares": shares(elsewhere)}
+    for part, own in PARTS.items() if gradient else ():
+        some = records[:gradient]
+        held[part] = interval(score(shine, some, by_gradient(shine, some, mean, own, rate)), "em")
+        print(f"{part}, by gradient: {held[part]['mean']:.1f}", flush=True)
+    return {"parts": parts, "by gradient": held, "shares": shares(elsewhere)}
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--texts", type=positive(int), default=150, help="held-out generated texts, 4 questions each")
+    parser.add_argument("--gradient", type=int, default=40, help="of these so many by gradient too (0: none)")
+    parser.add_argument("--rate", type=positive(float), default=0.01, help="its learning rate (default: the one benchmarks.quality chose)")
     parser.add_argument("--json", metavar="OUT", help="write everything measured")
     args = parser.parse_args(argv)
     shine, source = Shine.load(args.model), Source("heldout")
-    records = [source.sample(random.Random(4 * 10**6 + i), n_turns=4) for i in range(args.texts)]
+    records = [source.sample(random.Random(4 * 10**6 + i), n_turns=4, others=OTHERS) for i in range(args.texts)]
     others = [source.sample(random.Random(5 * 10**6 + i), n_turns=1)["context"] for i in range(64)]
-    result = measure(shine, records, others) | {"model": Path(args.model).name, "texts": args.texts, "torch": torch.__version__}
+    result = measure(shine, records, others, args.gradient, args.rate) | {"model": Path(args.model).name, "texts": args.texts, "rate": args.rate, "torch": torch.__version__}
     if args.json:
         write_json(args.json, result)
 

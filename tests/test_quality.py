@@ -3,7 +3,8 @@ import torch
 
 from benchmarks import quality, tables, where
 from conftest import ROOT, close
-from model import cut
+from model import cut, flatten, map_lora
+from shine import LoRA
 
 TEXTS = ["Mara has a parrot.", "Tom is a baker in Oslo, and he sings."]
 
@@ -50,6 +51,19 @@ def test_tables_of_the_readme_are_those_of_the_results():
     assert text.count("<!-- table: ") == text.count("<!-- end -->") >= 2
     assert tables.fill(text) == text, "python -m benchmarks.tables"
     assert tables.fill(text.replace("| generated texts of 1 to 8 facts, all | 1", "| generated texts of 1 to 8 facts, all | 9")) == text
+
+
+def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine):
+    mean, part = where.mean_row(shine.generate_lora(TEXTS)), where.PARTS["the same B one layer before"]
+    start, (a, b) = flatten(mean)[0], where.by_gradient(shine, [record(TEXTS[0]), record(TEXTS[1]) | {"others": record("")["others"][::-1]}], mean, part, 1e-2)
+    own = where.mixed(LoRA(map_lora(torch.zeros_like, mean), shine.config.r), map_lora(torch.ones_like, mean), part)
+    kept = flatten(own)[0].bool()
+    assert 0 < (~kept).sum() < kept.numel() / 4
+    for row in (a, b):
+        assert torch.equal(row[kept], start[kept]) and (row[~kept] != start[~kept]).all()
+    assert not torch.equal(a, b)
+    (same,) = where.by_gradient(shine, [record(TEXTS[0])], mean, where.PARTS["none of it"], 1e-2)
+    assert torch.equal(same, start)
 
 
 def test_texts_are_grouped_by_their_length():
