@@ -459,6 +459,7 @@ def build(args, device, dtype, texts):
         raise UserError(f"{start} holds no hypernetwork (hypernet.json or metanetwork.pth)")
     else:
         shine = Shine(model, tokenizer, new_config(args, model.config), args.seed)
+        shine.reads_only = True
     args.context_length, args.conversation_length = shine.config.context_length, shine.config.conversation_length
     model.checkpointing = shine.m2p.checkpointing = args.checkpointing
     if args.shard and world > 1:
@@ -466,7 +467,7 @@ def build(args, device, dtype, texts):
         for layer in model.model.layers:      # gathered when it is met; embeddings and norm stay whole
             fully_shard(layer)
     shine.to(device)
-    shine.reads_only = args.stage == "gist"
+    shine.reads_only &= args.stage == "gist"      # a hypernetwork whose M2P has trained may read on
     return Gist(shine) if args.stage == "gist" else shine, model, shine.tokenizer, shine
 
 

@@ -143,7 +143,7 @@ def where():
         + [f"| {part} | {cell(em)} | {cell(held[part])} |" for part, em in result["parts"].items()]
     last = {name: row["B"][-1] for name, row in result["shares"].items()}
     rest = max(share for name, row in result["shares"].items() for half in "AB" for share in (row[half] if half == "A" or name not in WRITERS else row[half][:-1]))
-    return "\n".join(lines) + f"\n\n{result['texts']} held-out generated texts, {result['parts']['all of it']['questions']} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: {held['all of it']['questions']} questions on the first texts of these, rate {result['rate']}. " \
+    return "\n".join(lines) + f"\n\n{result['texts']} held-out generated texts, {result['parts']['all of it']['questions']} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: {held['all of it']['questions']} questions on the first texts of these, rate {result['rate']}; {100 * result['asked before']:.0f} % of them stand word for word in the ten conversations. " \
         "Share of the squared numbers that depends on the text: " + ", ".join(f"{100 * last[name]:.0f} % of B of the last {name.split('.')[1]}" for name in WRITERS) \
         + f", at most {100 * rest:.0f} % of any other."
 

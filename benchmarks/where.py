@@ -58,29 +58,35 @@ def by_gradient(shine, records, mean, own, rate):
     return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask))][-1]
 
 
-def measure(shine, records, others, gradient=0, rate=0.01):
+def asked_before(records):
+    """Share of the questions that stand with their answer in the record's other conversations, word for word."""
+    pairs = lambda turns: [(q["content"], a["content"]) for q, a in zip(turns[::2], turns[1::2])]
+    hits = [pair in {p for other in r["others"] for p in pairs(other)} for r in records for pair in pairs(r["conversations"])]
+    return round(sum(hits) / len(hits), 4)
+
+
+def measure(shine, records, others, gradient, rate):
     """-> {"parts": {part: exact match}, "by gradient": the same, "shares": ...}; others: texts whose mean LoRA stands in.
 
-    gradient: so many of the records are learnt by gradient; 0: none.
+    gradient: so many of the records are learnt by gradient.
     """
     elsewhere = shine.generate_lora(others)
-    mean, parts, held = mean_row(elsewhere), {}, {}
+    mean, parts, held, some = mean_row(elsewhere), {}, {}, records[:gradient]
     for part, own in PARTS.items():
         rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
-    for part, own in PARTS.items() if gradient else ():
-        some = records[:gradient]
+    for part, own in PARTS.items():
         held[part] = interval(score(shine, some, by_gradient(shine, some, mean, own, rate)), "em")
         print(f"{part}, by gradient: {held[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "by gradient": held, "shares": shares(elsewhere)}
+    return {"parts": parts, "by gradient": held, "asked before": asked_before(some), "shares": shares(elsewhere)}
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--texts", type=positive(int), default=150, help="held-out generated texts, 4 questions each")
-    parser.add_argument("--gradient", type=int, default=40, help="of these so many by gradient too (0: none)")
+    parser.add_argument("--gradient", type=positive(int), default=40, help="of these so many by gradient too")
     parser.add_argument("--rate", type=positive(float), default=0.01, help="its learning rate (default: the one benchmarks.quality chose)")
     parser.add_argument("--json", metavar="OUT", help="write everything measured")
     args = parser.parse_args(argv)

@@ -160,7 +160,8 @@ def test_gisting_first_then_the_rest(folder, tmp_path, capsys, monkeypatch):
     scored = json.loads((tmp_path / "gist/log.jsonl").read_text().splitlines()[-1])["unseen"]
     assert set(scored) == {"loss", "in-context", "question", "reconstruction"}      # there is no LoRA yet to answer with
     train.main(["--stage", "pretrain", "--model", str(tmp_path / "gist"), "--out", str(tmp_path / "pre"), "--steps", "1"] + BASE[4:])
-    for name, warned in (("gist", True), ("pre", False)):
+    train.main(["--stage", "gist", "--model", str(tmp_path / "pre"), "--out", str(tmp_path / "again"), "--steps", "1"] + BASE[4:])      # its M2P has trained
+    for name, warned in (("gist", True), ("pre", False), ("again", False)):
         capsys.readouterr()
         shine.main(["A text.", "--model", str(tmp_path / name), "--ask", "What?"])
         assert (f"{tmp_path / name} is from the stage gist" in capsys.readouterr().out) == warned
