@@ -1143,39 +1143,41 @@ def pad(rows, value, multiple=8):
     return ids, mask
 
 
-def collate(examples, tokenizer):
-    """Examples -> batch, the table at the top of this file."""
+def collate(examples, tokenizer, multiple=8):
+    """Examples -> batch, the table at the top of this file; lengths are multiples of `multiple`."""
     contexts, rows, weights = zip(*examples)
     batch = {}
-    batch["input_ids"], mask = pad(rows, tokenizer.end)
+    batch["input_ids"], mask = pad(rows, tokenizer.end, multiple)
     apart = (batch["input_ids"] == tokenizer.end) & mask      # <|endoftext|> between two conversations belongs to neither
     apart[:, 0] = False
     batch["attention_mask"] = (1 + apart.cumsum(1)) * (mask & ~apart)
-    batch["weights"] = pad(weights, 0.0)[0].float()
+    batch["weights"] = pad(weights, 0.0, multiple)[0].float()
     batch["counted"] = batch["weights"][:, 1:].flatten().nonzero()[:, 0]
     if contexts[0] is not None:
-        batch["context_ids"], batch["context_mask"] = pad(contexts, tokenizer.end)
+        batch["context_ids"], batch["context_mask"] = pad(contexts, tokenizer.end, multiple)
     return batch
 
 
-def batches(examples, batch_size, start=0, rank=0, world=1, pool=128):
+def batches(examples, batch_size, start=0, rank=0, world=1, pool=None, worker=0, workers=1, multiple=8):
     """Endless batches from number `start` on; of each global batch this rank takes its part.
 
-    Examples are made in pools of `pool` batches. Inside one they are sorted by the length of the context, cut into sqrt(pool)
-    parts, and each part is sorted by the length of the conversation, so that little of a batch is padding in either.
+    Examples are made in pools of `pool` batches (default: about 4,096 examples, 128 batches at most). Inside one they are sorted by
+    the length of the context, cut into sqrt(pool) parts, and each part is sorted by the length of the conversation, so that little of
+    a batch is padding in either. Of several workers each makes every workers-th pool, and `start` counts its own batches.
     """
-    number = start
+    size = batch_size * world
+    number, pool = start, pool or min(128, max(8, 4096 // size))
     while True:
-        first = number // pool * pool
+        done = number % pool
+        first = (number // pool * workers + worker) * pool
         rng = random.Random(first)
-        size = batch_size * world
         made = sorted((examples(i) for i in range(first * size, (first + pool) * size)), key=lambda e: len(e[0] or ()))
         part = max(1, math.isqrt(pool)) * size if made[0][0] is not None else len(made)
         made = [e for i in range(0, len(made), part) for e in sorted(made[i:i + part], key=lambda e: len(e[1]))]
         groups = [made[i:i + size] for i in range(0, len(made), size)]
         rng.shuffle(groups)
-        for group in groups[number - first:]:
-            yield collate(group[rank::world], examples.tokenizer)
+        for group in groups[done:]:
+            yield collate(group[rank::world], examples.tokenizer, multiple)
             number += 1
 
 

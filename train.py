@@ -209,12 +209,14 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))       # Nesterov's
-            for shape, same in shapes.items():
-                steps = orthogonal(torch.stack([u for _, u in same]).to(self.dtype), group["iterations"])
-                for (p, _), u in zip(same, steps.to(p.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, same in shapes.items():      # many small matrices: one kernel for all of a shape, not one each
+                grads, momenta = [p.grad for p in same], [self.state[p]["momentum_buffer"] for p in same]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])       # Nesterov's
+                steps = orthogonal(torch.stack(ahead).to(self.dtype), group["iterations"]).to(same[0].dtype)
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, list(steps), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
 def orthogonal(x, iterations):
@@ -356,6 +358,7 @@ def parse(argv):
     add("--context-length", type=positive(int), help="longest text in tokens (default: that of --model, 192 for a new one)")
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
+    add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 4)")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
@@ -375,9 +378,11 @@ def parse(argv):
     add("--shard", action="store_true", help="under torchrun: spread the frozen language model over the GPUs (fully_shard)")
     add("--dry-run", action="store_true", help="print parameters, memory and FLOPs of such a run and exit; nothing is allocated")
     add("--flops", type=positive(float), default=4e14, help="FLOP/s a GPU reaches, for --dry-run's times")
-    add("--workers", type=int, default=1, choices=(0, 1), help="1: another process makes the batches; 0: the loop does")
+    add("--workers", type=positive(int, zero=True), default=1, help="processes that make the batches (a GPU eats what several make); 0: the loop does")
     args = parser.parse_args(argv)
     defaults = COMMON | STAGES[args.stage]
+    if args.tokenizer and (args.stage != "base" or args.model):
+        raise UserError(f"--tokenizer {args.tokenizer} is for a new language model: --stage base without --model")
     if args.stage == "base":
         if args.base or str(args.preset).startswith("paper"):
             raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages gist, pretrain and finetune; "
@@ -422,6 +427,11 @@ def new_config(args, config):
                        size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False)
 
 
+def shipped(device):
+    """The folder that ships whose language model a run starts from: on a CPU the smaller one, which learns in minutes."""
+    return DEFAULT_MODEL if device.type == "cuda" else DEFAULT_MODEL.parent / "tiny"
+
+
 def build(args, device, dtype, texts):
     """-> (module whose forward is the loss, language model, tokenizer, Shine or None)"""
     if args.stage == "base":
@@ -430,11 +440,11 @@ def build(args, device, dtype, texts):
             model = LanguageModel.load(args.model, device, torch.float32)
             tokenizer = load_tokenizer(args.model, model)
         else:
-            tokenizer = make_tokenizer(texts, args.vocab_size, args.seed)
+            tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else make_tokenizer(texts, args.vocab_size, args.seed)
             model = LanguageModel(Config(vocab_size=tokenizer.vocab_size, **PRESETS[args.preset]), args.seed).to(device)
         model.compute_dtype, model.checkpointing = dtype, args.checkpointing
         return Base(model), model, tokenizer, None
-    folder = Path(args.base or args.model or DEFAULT_MODEL)
+    folder = Path(args.base or args.model or shipped(device))
     world = int(os.environ.get("WORLD_SIZE", 1))
     first = "cpu" if args.shard and world > 1 else device                                   # each GPU takes its part of each layer
     model = LanguageModel.load(folder, first, None if args.base and device.type == "cpu" else dtype)      # frozen: cast once
@@ -500,19 +510,24 @@ def take_up(out, module, optimizers, args, say):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """data.batches as a dataset: what a worker process of a DataLoader can be given."""
+    """data.batches as a dataset, from batch `start` on; each worker process of a DataLoader, which asks them in turn, makes its own."""
 
-    def __init__(self, *args):
-        self.args = args
+    def __init__(self, examples, batch_size, start, rank, world, pool, multiple):
+        self.examples, self.batch_size, self.start, self.ranks, self.pool, self.multiple = examples, batch_size, start, (rank, world), pool, multiple
 
     def __iter__(self):
-        return batches(*self.args)
+        info = torch.utils.data.get_worker_info()
+        workers = info.num_workers if info else 1
+        number = self.start + (info.id if info else 0)      # of the batch that is asked of this process first
+        return batches(self.examples, self.batch_size, number // workers, *self.ranks, self.pool, number % workers, workers, self.multiple)
 
 
-def loader(examples, args, start, rank, world, device):
-    """Batches from number `start` on, made by a process of its own unless --workers 0."""
-    return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world), batch_size=None, num_workers=args.workers,
-                                            generator=torch.Generator(), prefetch_factor=8 if args.workers else None, pin_memory=device.type == "cuda"))
+def loader(examples, args, start, rank, world, device, pool=None):
+    """Batches from number `start` on, made by processes of their own unless --workers 0. A GPU's masked attention copies masks whose
+    length is no multiple of 16, and compiled layers would be compiled for either case."""
+    return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world, pool, 16 if device.type == "cuda" else 8), batch_size=None, num_workers=args.workers,
+                                            generator=torch.Generator(), prefetch_factor=8 if args.workers else None,      # while one makes its next pool
+                                            pin_memory=device.type == "cuda"))
 
 
 class Unseen:
@@ -605,6 +620,7 @@ def main(argv=None):
     state["args"] = vars(args)
     step_module = module
     if args.compile:
+        torch._dynamo.config.recompile_limit = 32      # reading, answering, their first and last layers
         for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
             layer.compile(dynamic=True)      # one compilation for all lengths
     if world > 1:
@@ -742,9 +758,9 @@ def pass_peak(module, batch):
 
 def dry_run(args):
     """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
-    name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(DEFAULT_MODEL)), PRESETS | QWEN3
-    config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
     device, dtype, why = (torch.device("cuda"), torch.bfloat16, "CUDA, bf16") if args.device == "cuda" else pick_device(args.device)
+    name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(shipped(device))), PRESETS | QWEN3
+    config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
     dtype = torch.float32 if args.float32 else dtype
     attention = F.scaled_dot_product_attention
     with torch.device("meta"):

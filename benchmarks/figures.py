@@ -2,9 +2,10 @@
 
     python -m benchmarks.figures --log base=runs/base hypernetwork=runs/hyper      first keeps the evaluations of these runs in training.json
 
-    assets/quality.svg     exact match by condition on each set, benchmarks/results/quality_*.json
-    assets/groups.svg      generated texts by facts, length and turn, benchmarks/results/quality_generated.json, quality_facts*.json
-    assets/training.svg    exact match on unseen texts against training samples, benchmarks/results/training.json
+    assets/quality.svg     exact match by condition on each set, benchmarks/results/small/quality_*.json
+    assets/groups.svg      generated texts by facts, length and turn, benchmarks/results/small/quality_generated.json, quality_facts*.json
+    assets/training.svg    tiny: exact match on unseen texts against training samples, benchmarks/results/training.json
+    assets/from_nothing.svg     small: loss against minutes on one GPU, benchmarks/results/small/from_nothing.json
     assets/cost.svg        where SHINE starts to pay: milliseconds against text length, benchmarks/results/speed.json
     assets/precision.svg   loss in bf16 and in float32 on the same batches, benchmarks/results/precision.json
     assets/scaling.svg     exact match by size, rank, depth and axes of the M2P, benchmarks/results/scaling.json
@@ -25,12 +26,13 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt      # noqa: E402
 
 from benchmarks import scaling as study      # noqa: E402
-from benchmarks.tables import by_length      # noqa: E402
+from benchmarks.tables import MODELS, by_length      # noqa: E402
 from data import Parser      # noqa: E402
 from model import write_json      # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks/results", ROOT / "assets"
+MODEL = MODELS[0]
 SETS = {"generated": "generated", "strangers": "strangers,\ndev", "strangers_test": "strangers,\ntest", "fairytaleqa": "FairytaleQA\nval", "squad_dev": "SQuAD\ndev", "babi_dev": "bAbI\ndev"}
 CONDITIONS = {"shine": ("SHINE", "#2f80d0"), "in-context": ("text in the prompt", "#e08a2e"), "question": ("question alone", "#8a8a8a")}
 GREY = "#808080"
@@ -45,7 +47,7 @@ def save(figure, name):
 
 
 def quality():
-    sets = {title: json.loads(path.read_text())["conditions"] for key, title in SETS.items() if (path := RESULTS / f"quality_{key}.json").is_file()}
+    sets = {title: json.loads(path.read_text())["conditions"] for key, title in SETS.items() if (path := RESULTS / f"{MODEL}/quality_{key}.json").is_file()}
     figure, axis = plt.subplots(figsize=(7.5, 3))
     for i, (condition, (label, color)) in enumerate(CONDITIONS.items()):
         em = [result[condition]["em"] for result in sets.values()]
@@ -59,10 +61,10 @@ def quality():
 
 
 def groups():
-    scored = json.loads((RESULTS / "quality_generated.json").read_text())["conditions"]
+    scored = json.loads((RESULTS / MODEL / "quality_generated.json").read_text())["conditions"]
     part = lambda pattern: {m[1]: {c: scored[c]["groups"][name]["em"]["mean"] for c in CONDITIONS} for name, row in scored["shine"]["groups"].items()
                             if (m := re.fullmatch(pattern, name)) and row["em"]["questions"] >= 20}
-    panels = {"facts in the text": part(r"(\d+) facts?"), "tokens in the text": by_length(), "question of the conversation": part(r"turn (\d+)")}
+    panels = {"facts in the text": part(r"(\d+) facts?"), "tokens in the text": by_length(MODEL), "question of the conversation": part(r"turn (\d+)")}
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 2.8), sharey=True)
     for axis, (title, points) in zip(axes, panels.items()):
         for condition, (label, color) in CONDITIONS.items():
@@ -91,8 +93,21 @@ def training():
     save(figure, "training.svg")
 
 
+def from_nothing():
+    figure, axis = plt.subplots(figsize=(7.5, 2.6))
+    began = 0.0
+    for (stage, run), color in zip(json.loads((RESULTS / MODEL / "from_nothing.json").read_text()).items(), ("#e08a2e", "#8a8a8a", "#2f80d0")):
+        axis.plot([began + m for m, _ in run["losses"]], [loss for _, loss in run["losses"]], color=color, label=stage)
+        began += run["minutes"]
+    axis.set_yscale("log")
+    axis.set_xlabel("minutes of training on one GPU")
+    axis.set_ylabel("training loss")
+    axis.legend(frameon=False, ncols=3)
+    save(figure, "from_nothing.svg")
+
+
 def cost():
-    shipped = json.loads((RESULTS / "speed.json").read_text())["shipped"]
+    shipped = json.loads((RESULTS / "speed.json").read_text())["tiny"]
     prepare = {int(key.split(" x ")[1]): row["ms"] for key, row in shipped["text to LoRA"].items() if key.startswith("1 x ")}
     prompt = {int(key.split()[2]): row["first token ms"] for key, row in shipped["answering"].items() if key.startswith("text of ")}
     lora = shipped["answering"]["LoRA, as a conversation does it"]["first token ms"]
@@ -163,15 +178,30 @@ def keep(logs, result):
     write_json(RESULTS / f"{result}.json", stages)
 
 
+def keep_whole(logs):
+    """The same for results/small/from_nothing.json, with what each stage took and its loss, 60 means over the run."""
+    stages = {}
+    for name, _, path in (log.partition("=") for log in logs):
+        lines = [json.loads(line) for line in (Path(path) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        head, steps = lines[0], [line for line in lines if "tokens" in line]
+        every = max(1, len(steps) // 60)
+        stages[name] = {"machine": head["machine"], "torch": head["torch"], "minutes": steps[-1]["seconds"] / 60, "batch": head["args"]["batch"], "steps": len(steps),
+                        "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],
+                        "losses": [(round(part[-1]["seconds"] / 60, 3), round(statistics.mean(s["loss"] for s in part), 4)) for i in range(0, len(steps), every) if (part := steps[i:i + every])],
+                        "evaluations": [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]}
+    write_json(RESULTS / MODEL / "from_nothing.json", stages)
+
+
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
-    parser.add_argument("--to", choices=("training", "gist"), default="training", help="which result the logs are")
+    parser.add_argument("--to", choices=("training", "gist", "from_nothing"), default="training", help="which result the logs are")
     if (args := parser.parse_args()).log:
-        keep(args.log, args.to)
+        keep_whole(args.log) if args.to == "from_nothing" else keep(args.log, args.to)
     quality()
     groups()
     training()
+    from_nothing()
     for draw, result in ((cost, "speed"), (precision, "precision"), (scaling, "scaling")):
         if (RESULTS / f"{result}.json").is_file():
             draw()

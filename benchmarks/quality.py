@@ -216,7 +216,7 @@ def measure(shine, records, rates=None):
             turns = answers[row["record"]]["turns"]
             if row["turn"] >= len(turns):
                 question, gold = (t["content"] for t in records[row["record"]]["conversations"][2 * row["turn"]:][:2])
-                turns.append({"question": question, "answer": gold})
+                turns.append({"asked": question, "answer": gold})      # "question" is a condition
             turns[row["turn"]][condition] = row["prediction"]
     return {"conditions": result, "answers": answers}
 

@@ -1,13 +1,14 @@
 """What this implementation costs, and how far that is from what the machine can do.
 
-    python -m benchmarks.speed [--json OUT] [--size shipped|reference|qwen3-0.6b ...] [--quick]      sizes that OUT has already stay in it
+    python -m benchmarks.speed [--json OUT] [--size tiny|small|reference|qwen3-0.6b ...] [--quick]      sizes that OUT has already stay in it
+    python -m benchmarks.speed --profile [--size small]      the kernels of a training step instead, and how long the device is busy in it
 
 Medians of several runs after warm-up; FLOP/s achieved are beside the machine's own matrix product in the same dtype. FLOPs
-are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random except for `shipped`.
+are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random but for the two sizes that ship.
 
     size         hidden  layers  heads (kv)  ffn   vocabulary  r  meta rank
-    shipped      192     6       6 (3)       512   8192        4  64        checkpoints/tiny
-    small        384     12      6 (3)       1024  8192        4  8         train.py --preset small
+    tiny         192     6       6 (3)       512   8192        4  64        checkpoints/tiny
+    small        384     10      6 (3)       1024  8192        4  32        checkpoints/small
     reference    256     8       4 (2)       768   4096        4  32        the size the paper's own code was timed at
     qwen3-0.6b   1024    28      16 (8)      3072  151936      8  128       bf16 weights
 """
@@ -26,12 +27,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Ids, Parser, run
-from model import PRESETS, QWEN3, Config, Decoder, LanguageModel, lora_layout, pick_device, read_json, write_json
+from model import QWEN3, Config, Decoder, LanguageModel, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("tiny", "small")      # folders of checkpoints/
 SIZES = {
-    "small": (Config(vocab_size=8192, **PRESETS["small"]), ShineConfig(4, 8, 4)),
     "reference": (Config(vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
                          intermediate_size=768, rope_theta=1e6), ShineConfig(4, 32, 4)),
     "qwen3-0.6b": (Config(**QWEN3["qwen3-0.6b"]), ShineConfig(8, 128, 4, 0, 0.001)),
@@ -73,8 +74,8 @@ def peak_memory(size, B, N, S):
 
 def build(size, device, dtype):
     """-> a Shine with compute dtype `dtype`; weights in it too, but for qwen3 (bf16)."""
-    if size == "shipped":
-        shine = Shine.load(DEFAULT_MODEL, device)
+    if size in SHIPPED:
+        shine = Shine.load(ROOT / "checkpoints" / size, device)
         shine.base.to(dtype)
         return shine
     config, hyper = SIZES[size]
@@ -249,14 +250,35 @@ def growth(device, dtype):
     return out
 
 
+def kernels(size, device, dtype, top=20):
+    """Print what a step of the hypernetwork spends its time on: each kernel's (on a CPU: operation's) own, and the whole step's."""
+    from torch.profiler import ProfilerActivity, profile
+    B, N, S = (128, 64, 152) if device.type == "cuda" else (4, 64, 152)
+    shine = build(size, device, dtype)
+    optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True)
+    batch = batch_of(B, N, S, shine.base.config.vocab_size, device)
+    seconds = median(lambda: step(shine, batch, optimizer), 5, 3)
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
+        step(shine, batch, optimizer)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    own = lambda row: row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total      # microseconds
+    rows = sorted(seen.key_averages(), key=own, reverse=True)
+    print(f"{size}, {B} x ({N} + {S}): {1000 * seconds:.1f} ms a step, {sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
+    print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]))
+
+
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT")
-    parser.add_argument("--size", nargs="*", default=["shipped", "small", "reference", "qwen3-0.6b"], choices=["shipped", *SIZES])
+    parser.add_argument("--size", nargs="*", default=[*SHIPPED, "reference", "qwen3-0.6b"], choices=[*SHIPPED, *SIZES])
     parser.add_argument("--quick", action="store_true", help="short lengths and small batches only")
+    parser.add_argument("--profile", action="store_true", help="only the kernels of a training step, the slowest first")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
     device, dtype, why = pick_device(args.device)
+    if args.profile:
+        return [kernels(size, device, dtype) for size in args.size]
     rate = matmul_rate(dtype, device)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__}
     bandwidth = read_rate(device)

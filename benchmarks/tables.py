@@ -14,8 +14,9 @@ from model import write_file
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 CONDITIONS = ("shine", "in-context", "question")
+MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the first is the one that shine.py takes
 SETS = {"strangers": "61 texts in the style of strangers (dev: their errors were read)", "strangers_test": "60 texts by a writer who did not know the project (test)",
-        "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {length} tokens)",
+        "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {lengths} tokens)",
         "squad_dev": "SQuAD (XQuAD English) dev"}
 
 
@@ -27,8 +28,9 @@ def cell(em):
     return f"{em['mean']:.1f} ({em['low']:.0f}-{em['high']:.0f})" if "low" in em else f"{em['mean']:.1f}"
 
 
-def row(title, conditions, group="all"):
-    ems = [conditions[c]["groups"][group]["em"] for c in CONDITIONS]
+def row(title, models, group="all"):
+    """One line of the table `quality`: all conditions of the first model, those with the text of the second."""
+    ems = [conditions[c]["groups"][group]["em"] for conditions, shown in zip(models, (CONDITIONS, CONDITIONS[:2])) for c in shown]
     return f"| {title} | {ems[0]['questions']} | " + " | ".join(map(cell, ems)) + " |"
 
 
@@ -42,11 +44,11 @@ def joined(conditions, names):
     return out
 
 
-def by_length():
+def by_length(model):
     """{"10 to 24": {condition: mean over questions, "questions"}} of generated texts of 1 to 48 facts; spans with fewer than 20 questions are left out."""
     sums = {}
     for name in ("generated", "facts16", "facts32", "facts48"):
-        for condition, result in read(f"quality_{name}")["conditions"].items():
+        for condition, result in read(f"{model}/quality_{name}")["conditions"].items():
             for group, part in result["groups"].items():
                 if span := re.fullmatch(r"text of (\d+ to \d+) tokens", group):
                     total = sums.setdefault(span[1], {}).setdefault(condition, [0, 0])
@@ -58,29 +60,31 @@ def by_length():
 
 def lengths():
     """Sensitivity to the length of a text."""
-    lines = ["| tokens in the text | questions | SHINE | text in the prompt | question alone |", "|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {span} | {row['questions']} | " + " | ".join(f"{row[c]:.1f}" for c in CONDITIONS) + " |" for span, row in by_length().items()])
+    first, second = map(by_length, MODELS)
+    lines = ["| tokens in the text | questions | small: SHINE | text in the prompt | question alone | tiny: SHINE | text in the prompt |", "|---|---|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {span} | {row['questions']} | " + " | ".join(f"{part[c]:.1f}" for part, shown in ((row, CONDITIONS), (second[span], CONDITIONS[:2])) for c in shown)
+                               + " |" for span, row in first.items()])
 
 
 def quality():
-    generated = read("quality_generated")["conditions"]
-    facts = lambda low, high: joined(generated, [f"{n} facts" for n in range(low, high + 1)])
-    lines = ["| | questions | SHINE: no text in the prompt | text in the prompt | question alone |", "|---|---|---|---|---|",
+    results = {name: [read(f"{model}/quality_{name}")["conditions"] for model in MODELS] for name in ("generated", *SETS)}
+    generated = results["generated"]
+    facts = lambda low, high: [joined(conditions, [f"{n} facts" for n in range(low, high + 1)]) for conditions in generated]
+    lines = ["| | questions | small: SHINE, no text in the prompt | text in the prompt | question alone | tiny: SHINE | text in the prompt |", "|---|---|---|---|---|---|---|",
              row("generated texts of 1 to 9 facts, all", generated), row("texts of 1 to 3 facts", facts(1, 3)), row("texts of 4 to 6 facts", facts(4, 6))]
     for title, group in (("conversations of 3 or more turns", "conversations of 3 or more turns"), ("first question of a conversation", "turn 1"),
                          ("seventh question", "turn 7"), ("questions about a fact", "kind: fact"), ("yes or no", "kind: yes or no"),
                          ('right answer "The text does not say."', "kind: unknown")):
         lines.append(row(title, generated, group))
-    config = json.loads((ROOT / "checkpoints/tiny/hypernet.json").read_text())
-    results = {"generated": generated} | {name: read(f"quality_{name}")["conditions"] for name in SETS}
-    lines += [row(title.format(length=config["context_length"]), results[name]) for name, title in SETS.items()]
-    f1 = ", ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, r in results.items())
-    return "\n".join(lines) + f"\n\nF1 (SHINE / text in the prompt / question alone): {f1}.\n" \
-        f"Reconstruction of the same generated texts: {read('quality_generated')['reconstruction token accuracy']:.1f} % of tokens."
+    lengths = " and ".join(str(json.loads((ROOT / f"checkpoints/{model}/hypernet.json").read_text())["context_length"]) for model in MODELS)
+    lines += [row(title.format(lengths=lengths), results[name]) for name, title in SETS.items()]
+    f1 = ", ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
+    accuracy = " and ".join(f"{read(f'{model}/quality_generated')['reconstruction token accuracy']:.1f}" for model in MODELS)
+    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts: {accuracy} % of tokens."
 
 
 def baselines():
-    result = read("quality_baselines")
+    result = read("tiny/baselines")
     names = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
     lines = ["| | EM | F1 | seconds to prepare | GFLOP to prepare | MiB to prepare | tokens in the prompt | ms to the first token |", "|---|---|---|---|---|---|---|---|"]
     for condition, scored in result["conditions"].items():
@@ -95,16 +99,30 @@ def baselines():
 
 
 def latency():
-    result = read("latency")
-    answer = result["one answer, warm, ms"]
-    return "\n".join([f"| on {result['machine']}, medians | |", "|---|---|", f"| first answer from a cold start of the command | {result['cold start']['first answer s']} s |",
-                      f"| LoRA from a text of 100 tokens, warm | {result['LoRA from N tokens, warm, ms']['100']} ms |",
-                      f"| one answer, warm, SHINE / text in the prompt | {answer['SHINE']} / {answer['text in the prompt']} ms |"])
+    results = [read(f"{model}/latency") for model in MODELS]
+    answers = [result["one answer, warm, ms"] for result in results]
+    line = lambda title, cells: f"| {title} | " + " | ".join(cells) + " |"
+    return "\n".join([line(f"on {results[0]['machine']}, medians", MODELS), "|---" * (1 + len(MODELS)) + "|",
+                      line("first answer from a cold start of the command, s", (str(r["cold start"]["first answer s"]) for r in results)),
+                      line("LoRA from a text of 100 tokens, warm, ms", (str(r["LoRA from N tokens, warm, ms"]["100"]) for r in results)),
+                      line("one answer, warm, SHINE / text in the prompt, ms", (f"{a['SHINE']} / {a['text in the prompt']}" for a in answers))])
+
+
+def from_nothing():
+    """The run on one GPU that made checkpoints/small, stage by stage."""
+    lines = ["| stage | minutes | batch | steps | samples | tokens, M | tokens/s | waiting for data | loss, unseen texts | text in the prompt | SHINE | reconstruction |", "|---" * 12 + "|"]
+    for stage, run in read("small/from_nothing").items():
+        last, em = run["evaluations"][-1], {k: v for e in run["evaluations"] for k, v in e.items()}
+        percent = lambda x: f"{100 * x:.1f} %" if x is not None else ""
+        lines.append(f"| `{stage}` | {run['minutes']:.1f} | {run['batch']} | {run['steps']:,} | {run['samples']:,} | {run['tokens'] / 1e6:.1f} | {run['tokens'] / run['minutes'] / 60:,.0f} | "
+                     f"{percent(run['waited'] / run['minutes'] / 60)} | {last['loss']:.2f} | " + " | ".join(
+                         percent(em[k]["em"]) if k in em else "" for k in ("in-context", "shine")) + f" | {percent(last.get('reconstruction'))} |")
+    return "\n".join(lines)
 
 
 def speed():
     result = read("speed")
-    sizes = [name for name in ("shipped", "small", "reference", "qwen3-0.6b") if name in result]
+    sizes = [name for name in ("tiny", "small", "reference", "qwen3-0.6b") if name in result]
 
     def line(title, *path, show="{:,.0f}".format):
         values = []
@@ -137,15 +155,14 @@ def speed():
 
 
 def where():
-    result = read("where")
-    held = result["by gradient"]
-    lines = ["| what is the text's own | SHINE, exact match | by gradient on 10 conversations |", "|---|---|---|"] \
-        + [f"| {part} | {cell(em)} | {cell(held[part])} |" for part, em in result["parts"].items()]
-    last = {name: row["B"][-1] for name, row in result["shares"].items()}
-    rest = max(share for name, row in result["shares"].items() for half in "AB" for share in (row[half] if half == "A" or name not in WRITERS else row[half][:-1]))
-    return "\n".join(lines) + f"\n\n{result['texts']} held-out generated texts, {result['parts']['all of it']['questions']} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: {held['all of it']['questions']} questions on the first texts of these, rate {result['rate']}; {100 * result['asked before']:.0f} % of them stand word for word in the ten conversations. " \
-        "Share of the squared numbers that depends on the text: " + ", ".join(f"{100 * last[name]:.0f} % of B of the last {name.split('.')[1]}" for name in WRITERS) \
-        + f", at most {100 * rest:.0f} % of any other."
+    small, tiny = (read(f"{model}/where") for model in MODELS)
+    held, show = tiny["by gradient"], lambda ems, part: cell(ems[part]) if part in ems else ""
+    lines = ["| what is the text's own | small: SHINE, exact match | tiny: SHINE, exact match | tiny: by gradient on 10 conversations |", "|---|---|---|---|"] \
+        + [f"| {part} | {show(small['parts'], part)} | {show(tiny['parts'], part)} | {show(held, part)} |" for part in small["parts"]]
+    sets = " and ".join(f"{r['texts']} ({r['parts']['all of it']['questions']} questions)" for r in (small, tiny))
+    of_b = lambda result, last: ", ".join(f"{' / '.join(f'{100 * share:.0f}' for share in result['shares'][name]['B'][-last:])} % of B of {name.split('.')[1]}" for name in WRITERS)
+    return "\n".join(lines) + f"\n\n{sets} held-out generated texts; the rest of the LoRA is its mean over 64 other texts. By gradient: {held['all of it']['questions']} questions on the first texts of these, rate {tiny['rate']}; {100 * tiny['asked before']:.0f} % of them stand word for word in the ten conversations. " \
+        f"Share of the squared numbers that depends on the text: small, last four layers, {of_b(small, 4)}; tiny, last two layers, {of_b(tiny, 2)}."
 
 
 def scaling():

@@ -1,6 +1,6 @@
 """Where in a generated LoRA is the text? Parts of it are replaced by what they are on average over other texts, and questions asked.
 
-    python -m benchmarks.where [--model DIR] [--json OUT]
+    python -m benchmarks.where [--model DIR] [--json OUT] [--gradient 0: without the last part, which takes the most time]
 
 A part that is replaced still does what it does for every text (to answer briefly, to not say that there is no text), and nothing for
 this one. Beside it the share of a part's numbers that depends on the text: variance over texts over mean square. And what the part can
@@ -25,6 +25,7 @@ PARTS = {      # name: is (layer counted from the end, linear, half) the text's 
     "B alone": lambda above, linear, half: half == "B",
     "A alone": lambda above, linear, half: half == "A",
     "the last layer": lambda above, linear, half: above == 0,
+    "the last three layers": lambda above, linear, half: above < 3,
     "all but the last layer": lambda above, linear, half: above > 0,
     "o_proj and down_proj of the last layer": lambda above, linear, half: above == 0 and linear in WRITERS,
     "their B alone": lambda above, linear, half: above == 0 and linear in WRITERS and half == "B",
@@ -76,17 +77,17 @@ def measure(shine, records, others, gradient, rate):
         rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
-    for part, own in PARTS.items():
+    for part, own in PARTS.items() if some else ():
         held[part] = interval(score(shine, some, by_gradient(shine, some, mean, own, rate)), "em")
         print(f"{part}, by gradient: {held[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "by gradient": held, "asked before": asked_before(some), "shares": shares(elsewhere)}
+    return {"parts": parts, "by gradient": held, "asked before": asked_before(some) if some else None, "shares": shares(elsewhere)}
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--texts", type=positive(int), default=150, help="held-out generated texts, 4 questions each")
-    parser.add_argument("--gradient", type=positive(int), default=40, help="of these so many by gradient too")
+    parser.add_argument("--gradient", type=positive(int, zero=True), default=40, help="of these so many by gradient too")
     parser.add_argument("--rate", type=positive(float), default=0.01, help="its learning rate (default: the one benchmarks.quality chose)")
     parser.add_argument("--json", metavar="OUT", help="write everything measured")
     args = parser.parse_args(argv)

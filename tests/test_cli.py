@@ -48,7 +48,7 @@ def test_ask_in_a_pipe():
 def test_json_is_one_object(capsys):
     call(TEXT, "--ask", "Who keeps Biscuit?", "--json")
     out = json.loads(capsys.readouterr().out)
-    assert out["turns"][0]["question"] == "Who keeps Biscuit?" and out["turns"][0]["answer"] and out["tokens"] > 5 and out["numbers"] == 82944
+    assert out["turns"][0]["question"] == "Who keeps Biscuit?" and out["turns"][0]["answer"] and out["tokens"] > 5 and out["numbers"] == 276480
 
 
 def test_saved_lora_answers_like_the_text(tmp_path, capsys):
@@ -61,7 +61,7 @@ def test_saved_lora_answers_like_the_text(tmp_path, capsys):
 def test_inspect_shows_every_step(capsys):
     call(TEXT, "--inspect")
     out = capsys.readouterr().out
-    assert "(1, 6, 72, 192)" in out and "M2P layer 3, over the M axis" in out and "q_proj" in out and out.count("%") == 42
+    assert "(1, 10, 72, 384)" in out and "M2P layer 3, over the M axis" in out and "q_proj" in out and out.count("%") == 70
 
 
 def test_chat(tmp_path):
@@ -86,7 +86,7 @@ def test_a_long_text_says_so_and_uses_what_fits(tmp_path, capsys):
     path = tmp_path / "long.txt"
     path.write_text("The old man has a boat. " * 9000, encoding="utf-8")
     call("--file", path, "--ask", "Who has a boat?")
-    assert "this model reads 192" in capsys.readouterr().out.splitlines()[0]
+    assert "this model reads 512" in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize("text", ["🦜🏠👩‍👩‍👧", "玛拉在灯塔里养了一只绿鹦鹉。", "x", "e\u0301" * 50, "\x00"])

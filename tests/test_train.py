@@ -15,9 +15,10 @@ import train
 from conftest import ROOT, close
 from data import Examples, collate, render
 from model import Config, UserError
-from shine import DEFAULT_MODEL, Shine, ShineConfig
+from shine import Shine, ShineConfig
 from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
+TINY = ROOT / "checkpoints/tiny"
 BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
         "--float32", "--device", "cpu", "--max-facts", "2", "--warmup", "2"]
 
@@ -55,6 +56,19 @@ def fit(module, batch, steps, lr):
             optimizer.step()
         module.zero_grad()
     return first, loss.item()
+
+
+def test_several_workers_make_one_stream(tokenizer):
+    """Two workers with pools of two batches: no example twice, and a resumed run goes on with the same batches."""
+    examples = Examples("finetune", tokenizer, 400, 600, max_facts=2)
+    stream = lambda start: train.loader(examples, argparse.Namespace(batch=4, workers=2), start, 0, 1, torch.device("cpu"), pool=2)
+    first, again = stream(0), stream(3)
+    seen = [next(first) for _ in range(8)]
+    texts = {tuple(row.tolist()) for batch in seen for row in batch["input_ids"]}
+    assert len(texts) == 8 * 4
+    for batch in seen[3:]:
+        resumed = next(again)
+        assert all(torch.equal(batch[k], resumed[k]) for k in batch)
 
 
 def test_overfits_four_examples(base, tokenizer):
@@ -189,8 +203,18 @@ def test_runs_of_different_seeds_are_measured_on_the_same_examples(tokenizer):
 def test_higher_rates_are_for_memory_states_of_unit_size(folder):
     rates = lambda *more: operator.attrgetter("lr", "muon_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
     assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3)
-    assert rates("--no-m2p-norm") == rates("--model", DEFAULT_MODEL) == rates("--hypernet", DEFAULT_MODEL) == (1e-3, 2e-3)
-    assert rates("--model", DEFAULT_MODEL, "--lr", 5e-4) == (5e-4, 2e-3)
+    assert rates("--no-m2p-norm") == rates("--model", TINY) == rates("--hypernet", TINY) == (1e-3, 2e-3)
+    assert rates("--model", TINY, "--lr", 5e-4) == (5e-4, 2e-3)
+
+
+def test_a_new_language_model_may_take_a_tokenizer_that_is_there(folder, tmp_path):
+    train.main(BASE + ["--steps", "1", "--tokenizer", str(folder / "base"), "--out", str(tmp_path / "b")])
+    assert (tmp_path / "b/bpe.json").read_bytes() == (folder / "base/bpe.json").read_bytes()
+    for wrong in (["--stage", "finetune"], ["--stage", "base", "--model", str(folder / "base")]):
+        with pytest.raises(UserError, match="for a new language model"):
+            train.parse([*wrong, "--tokenizer", "x"])
+    with pytest.raises(UserError, match="bpe.json is missing"):
+        train.main(BASE + ["--steps", "1", "--tokenizer", str(tmp_path), "--out", str(tmp_path / "c")])
 
 
 def test_a_hypernetwork_made_for_an_earlier_base_is_a_start_on_request(folder, tmp_path):
