@@ -523,8 +523,8 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def loader(examples, args, start, rank, world, device, pool=None):
-    """Batches from number `start` on, made by processes of their own unless --workers 0. A GPU's masked attention copies masks whose
-    length is no multiple of 16, and compiled layers would be compiled for either case."""
+    """Batches from number `start` on, made by processes of their own unless --workers 0; for a GPU, whose masked attention wants
+    that, with lengths in multiples of 16."""
     return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world, pool, 16 if device.type == "cuda" else 8), batch_size=None, num_workers=args.workers,
                                             generator=torch.Generator(), prefetch_factor=8 if args.workers else None,      # while one makes its next pool
                                             pin_memory=device.type == "cuda"))
