@@ -1028,8 +1028,10 @@ class Examples:
         self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
-    def __call__(self, index):
-        self.source.max_facts = min(self.max_facts, 2 + int(self.max_facts * index / self.curriculum)) if self.curriculum else self.max_facts
+    def __call__(self, index, before=None):
+        """Example number `index`; before: examples that a run has met by then (default: index), for the curriculum."""
+        before = index if before is None else before
+        self.source.max_facts = min(self.max_facts, 2 + int(self.max_facts * before / self.curriculum)) if self.curriculum else self.max_facts
         rng = random.Random(self.seed * 1_000_003 + index)
         for _ in range(1000):
             context, ids, weights = getattr(self, self.stage)(rng)
@@ -1163,15 +1165,16 @@ def batches(examples, batch_size, start=0, rank=0, world=1, pool=None, worker=0,
 
     Examples are made in pools of `pool` batches (default: about 4,096 examples, 128 batches at most). Inside one they are sorted by
     the length of the context, cut into sqrt(pool) parts, and each part is sorted by the length of the conversation, so that little of
-    a batch is padding in either. Of several workers each makes every workers-th pool, and `start` counts its own batches.
+    a batch is padding in either. Of several workers each makes every workers-th pool, and `start` counts its own batches. An
+    example is told how many come before it in time, which is not its number where workers are at different pools at once.
     """
     size = batch_size * world
     number, pool = start, pool or min(128, max(8, 4096 // size))
     while True:
         done = number % pool
-        first = (number // pool * workers + worker) * pool
+        mine, first = number // pool * pool, (number // pool * workers + worker) * pool
         rng = random.Random(first)
-        made = sorted((examples(i) for i in range(first * size, (first + pool) * size)), key=lambda e: len(e[0] or ()))
+        made = sorted((examples(first * size + i, (mine * size + i) * workers) for i in range(pool * size)), key=lambda e: len(e[0] or ()))
         part = max(1, math.isqrt(pool)) * size if made[0][0] is not None else len(made)
         made = [e for i in range(0, len(made), part) for e in sorted(made[i:i + part], key=lambda e: len(e[1]))]
         groups = [made[i:i + size] for i in range(0, len(made), size)]

@@ -266,8 +266,10 @@ class Shine(nn.Module):
     # ------------------------------------------------------------------------ the two passes
     def read(self, context_ids, mask=None, keep=None):
         """Section 3: ids (B, N), mask (B, N) -> memory states (B, L, M, H); their keys and values in `keep`, a MemoryCache."""
-        dtype = self.base.compute_dtype or self.meta_lora.dtype      # cast once, not pair by pair
-        meta = cut(self.meta_lora.to(dtype), self.base.config, self.config.meta_r) if self.config.meta_r else None
+        flat = self.meta_lora
+        if torch.is_grad_enabled() and self.base.compute_dtype:      # in training cast once, not pair by pair; else a second copy of all would be too large
+            flat = flat.to(self.base.compute_dtype)
+        meta = cut(flat, self.base.config, self.config.meta_r) if self.config.meta_r else None
         return self.base.read(context_ids, mask, self.memory, meta, keep)
 
     def to_lora(self, memory_states, trace=None):
@@ -633,7 +635,7 @@ def main(argv=None):
     add("--ask", action="append", default=[], metavar="Q", help="answer this and exit; may be repeated: one conversation")
     add("--json", action="store_true", help="with --ask: one JSON object on standard output")
     add("--inspect", action="store_true", help="print every step from the text to the parameters")
-    add("--model", metavar="DIR", help="model folder (default: the weights that ship)")
+    add("--model", metavar="DIR", help="model folder (default: checkpoints/small)")
     add("--base", metavar="DIR", help="language model: a Hugging Face Qwen3 folder; bf16 stays bf16")
     add("--hypernet", metavar="DIR", help="hypernetwork for --base: ours, or as its authors release it")
     add("--scale", type=positive(float), help="of a published hypernetwork, whose files do not tell it (default 0.001)")

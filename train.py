@@ -8,7 +8,7 @@
     finetune   questions about a text                            the same                           the hypernetwork of --model,
                                                                                                     a new one where there is none
 
-    python train.py --stage pretrain                     on the base that ships, procedural texts, a few minutes
+    python train.py --stage pretrain                     on a base that ships, procedural texts, a few minutes
     python train.py --stage base --preset tiny --text DIR --qa FILE --minutes 40 --out runs/tiny
     python train.py --stage pretrain --resume            exactly where a killed run stood
     torchrun --nproc_per_node=4 train.py --stage pretrain
@@ -324,7 +324,7 @@ def parse(argv):
     add("--stage", required=True, choices=STAGES)
     add("--preset", choices=[*PRESETS, *QWEN3, "paper", "paper-1qa"],
         help="stage base: size of a new language model (default tiny); else paper, paper-1qa: the paper's settings")
-    add("--model", default=None, help="model folder to start from (default: the one that ships; stage base: nothing)")
+    add("--model", default=None, help="model folder to start from (default: checkpoints/small on a GPU, checkpoints/tiny on a CPU; stage base: nothing)")
     add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
     add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
@@ -378,7 +378,7 @@ def parse(argv):
     add("--shard", action="store_true", help="under torchrun: spread the frozen language model over the GPUs (fully_shard)")
     add("--dry-run", action="store_true", help="print parameters, memory and FLOPs of such a run and exit; nothing is allocated")
     add("--flops", type=positive(float), default=4e14, help="FLOP/s a GPU reaches, for --dry-run's times")
-    add("--workers", type=positive(int, zero=True), default=1, help="processes that make the batches (a GPU eats what several make); 0: the loop does")
+    add("--workers", type=positive(int, zero=True), default=1, help="processes that make the batches (a GPU eats what several make), the same in a resumed run; 0: the loop does")
     args = parser.parse_args(argv)
     defaults = COMMON | STAGES[args.stage]
     if args.tokenizer and (args.stage != "base" or args.model):
@@ -504,7 +504,9 @@ def take_up(out, module, optimizers, args, say):
     for name, before in state.get("args", {}).items():
         if name == "stage" and before != args.stage:
             raise UserError(f"{out} holds a run of stage {before}: go on with --stage {before}")
-        if name not in ("resume", "model", "out") and before != json.loads(json.dumps(vars(args).get(name))):
+        if name == "workers" and max(1, before) != max(1, args.workers):
+            raise UserError(f"the run in {out} has --workers {before}: with {args.workers} it would meet some examples twice and others never; give the same")
+        if name not in ("resume", "model", "out", "workers") and before != json.loads(json.dumps(vars(args).get(name))):
             say(f"note: --{name.replace('_', '-')} was {before}, now {vars(args).get(name)}")
     return state
 
@@ -526,7 +528,7 @@ def loader(examples, args, start, rank, world, device, pool=None):
     """Batches from number `start` on, made by processes of their own unless --workers 0; for a GPU, whose masked attention wants
     that, with lengths in multiples of 16."""
     return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world, pool, 16 if device.type == "cuda" else 8), batch_size=None, num_workers=args.workers,
-                                            generator=torch.Generator(), prefetch_factor=8 if args.workers else None,      # while one makes its next pool
+                                            generator=torch.Generator(), prefetch_factor=8 if args.workers else None,      # enough to go on while a worker makes its next pool
                                             pin_memory=device.type == "cuda"))
 
 
@@ -614,13 +616,13 @@ def main(argv=None):
                         conversations=args.conversations, mined_share=args.mined_share)
     unseen = Unseen(args, tokenizer)
     optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype)
-    state = {"step": 0, "seconds": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
+    state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = take_up(out, module, optimizers, args, say)
     state["args"] = vars(args)
     step_module = module
     if args.compile:
-        torch._dynamo.config.recompile_limit = 32      # reading, answering, their first and last layers
+        torch._dynamo.config.recompile_limit = 32      # the layers of reading and answering, first, last and others, are all cases of one function
         for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
             layer.compile(dynamic=True)      # one compilation for all lengths
     if world > 1:
@@ -659,7 +661,7 @@ def main(argv=None):
                               "unseen": metrics}) + "\n")
 
     data = loader(examples, args, state["step"] * args.accumulate, rank, world, device)
-    bad, next_eval, next_save, waited = 0, None, None, 0.0
+    bad, next_eval, next_save, waited = 0, None, None, state.get("waited", 0.0)
     started = last = time.perf_counter()
     before = state["seconds"]
     module.train()
@@ -706,7 +708,7 @@ def main(argv=None):
         module.zero_grad(set_to_none=True)
 
         now = time.perf_counter()
-        state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens,
+        state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens, "waited": waited,
                   "seconds": before + now - started}
         if rank == 0:
             left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")

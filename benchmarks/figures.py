@@ -179,11 +179,11 @@ def keep(logs, result):
 
 
 def keep_whole(logs):
-    """The same for results/small/from_nothing.json, with what each stage took and its loss, 60 means over the run."""
+    """The same for results/small/from_nothing.json, with what each stage took and its loss, about 60 means over the run."""
     stages = {}
     for name, _, path in (log.partition("=") for log in logs):
         lines = [json.loads(line) for line in (Path(path) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        head, steps = lines[0], [line for line in lines if "tokens" in line]
+        head, steps = lines[0], list({line["step"]: line for line in lines if "tokens" in line}.values())      # after a resumed run each step once
         every = max(1, len(steps) // 60)
         stages[name] = {"machine": head["machine"], "torch": head["torch"], "minutes": steps[-1]["seconds"] / 60, "batch": head["args"]["batch"], "steps": len(steps),
                         "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],

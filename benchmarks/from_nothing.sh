@@ -28,5 +28,7 @@ stage() {      # name, folder of the run, its options
 stage base "$OUT/base" --preset "${PRESET:-small}" ${TOKENIZER:+--tokenizer "$TOKENIZER"} --minutes "$BASE" --batch "${BASE_BATCH:-256}" \
     --warmup 200 --curriculum 60000 --copy-share 0.15 --plain-share 0.15 "$@"
 hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 3e-3)
-stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "$@"
+eager=()      # the stage gist is not compiled
+for option in "$@"; do [[ $option == --compile ]] || eager+=("$option"); done
+stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
 stage pretrain "$OUT/pretrain" --model "$OUT/gist" --minutes "$PRETRAIN" --warmup 200 --muon-lr 5e-3 --batch "${BATCH:-128}" "${hyper[@]}" "$@"

@@ -61,7 +61,7 @@ def by_length(model):
 def lengths():
     """Sensitivity to the length of a text."""
     first, second = map(by_length, MODELS)
-    lines = ["| tokens in the text | questions | small: SHINE | text in the prompt | question alone | tiny: SHINE | text in the prompt |", "|---|---|---|---|---|---|---|"]
+    lines = ["| tokens in the text | questions | small: SHINE | small: text in the prompt | small: question alone | tiny: SHINE | tiny: text in the prompt |", "|---|---|---|---|---|---|---|"]
     return "\n".join(lines + [f"| {span} | {row['questions']} | " + " | ".join(f"{part[c]:.1f}" for part, shown in ((row, CONDITIONS), (second[span], CONDITIONS[:2])) for c in shown)
                                + " |" for span, row in first.items()])
 
@@ -70,7 +70,7 @@ def quality():
     results = {name: [read(f"{model}/quality_{name}")["conditions"] for model in MODELS] for name in ("generated", *SETS)}
     generated = results["generated"]
     facts = lambda low, high: [joined(conditions, [f"{n} facts" for n in range(low, high + 1)]) for conditions in generated]
-    lines = ["| | questions | small: SHINE, no text in the prompt | text in the prompt | question alone | tiny: SHINE | text in the prompt |", "|---|---|---|---|---|---|---|",
+    lines = ["| | questions | small: SHINE, no text in the prompt | small: text in the prompt | small: question alone | tiny: SHINE | tiny: text in the prompt |", "|---|---|---|---|---|---|---|",
              row("generated texts of 1 to 9 facts, all", generated), row("texts of 1 to 3 facts", facts(1, 3)), row("texts of 4 to 6 facts", facts(4, 6))]
     for title, group in (("conversations of 3 or more turns", "conversations of 3 or more turns"), ("first question of a conversation", "turn 1"),
                          ("seventh question", "turn 7"), ("questions about a fact", "kind: fact"), ("yes or no", "kind: yes or no"),

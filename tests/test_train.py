@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import shine
 import train
 from conftest import ROOT, close
-from data import Examples, collate, render
+from data import Examples, batches, collate, render
 from model import Config, UserError
 from shine import Shine, ShineConfig
 from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
@@ -69,6 +69,19 @@ def test_several_workers_make_one_stream(tokenizer):
     for batch in seen[3:]:
         resumed = next(again)
         assert all(torch.equal(batch[k], resumed[k]) for k in batch)
+    met = []
+
+    class Noted(Examples):
+        def __call__(self, index, before):
+            met.append((index, before))
+            return super().__call__(index, before)
+    noted = Noted("finetune", tokenizer, 400, 600, max_facts=2)
+    workers = [batches(noted, 4, pool=2, worker=i, workers=2) for i in (0, 1)]
+    for _ in range(4):
+        [next(stream) for stream in workers]
+    # all that one process would make, and a curriculum that goes by time
+    assert sorted(index for index, _ in met) == list(range(32)) and max(abs(index - before) for index, before in met) <= 8
+    assert sorted(before for _, before in met)[:4] == [0, 0, 2, 2]
 
 
 def test_overfits_four_examples(base, tokenizer):
