@@ -103,7 +103,7 @@ def table(results):
         for cell in cells:
             rows = [r for r in results["cells"].values() if r["cell"] == SHARED | cell]
             if rows:
-                title = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in (cell or SHARED).items())
+                title = ", ".join(f"{k.replace('_', ' ')} {'checkpoints/tiny' if v == 'shipped' else v}" for k, v in (cell or SHARED).items())
                 lines.append(f"| {title} | " + " | ".join([*(spread([r[k] for r in rows]) for k in ("em", "in-context", "reconstruction")), spread([r["loss"] for r in rows], 3, 1)])
                              + f" | {len(rows)} |")
     return "\n".join(lines)
