@@ -433,7 +433,7 @@ class LanguageModel(nn.Module):
         x, M = self._embed(input_ids), len(memory)
         x = torch.cat((x, memory.to(x.dtype).expand(len(x), -1, -1)), 1)                     # (B, N + M, H)
         if attention_mask is not None:
-            if x.is_cuda and (short := -x.shape[1] % 16):      # masked kernels want keys in sixteens; a compiled layer fails without (pytorch issue 124502)
+            if x.is_cuda and (short := -x.shape[1] % 16):      # masked kernels want keys in sixteens, compiled ones above all (pytorch issue 124502)
                 x, attention_mask = F.pad(x, (0, 0, short, 0)), F.pad(attention_mask, (short, 0))
             attention_mask = F.pad(attention_mask, (0, M), value=1)
         return torch.stack(self._layers(x, attention_mask, lora, last=M, memory=keep)[1], 1)

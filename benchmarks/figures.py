@@ -201,7 +201,6 @@ if __name__ == "__main__":
     quality()
     groups()
     training()
-    from_nothing()
-    for draw, result in ((cost, "speed"), (precision, "precision"), (scaling, "scaling")):
+    for draw, result in ((from_nothing, f"{MODEL}/from_nothing"), (cost, "speed"), (precision, "precision"), (scaling, "scaling")):
         if (RESULTS / f"{result}.json").is_file():
             draw()

@@ -84,6 +84,15 @@ def test_several_workers_make_one_stream(tokenizer):
     assert sorted(before for _, before in met)[:4] == [0, 0, 2, 2]
 
 
+def test_a_resumed_run_keeps_its_workers(folder):
+    with pytest.raises(UserError, match="has --workers 0: with 2"):
+        train.main([a for a in BASE if a not in ("--workers", "0")] + ["--workers", "2", "--steps", "5", "--resume", "--out", str(folder / "base")])
+
+
+def test_a_cpu_starts_from_the_smaller_model_that_ships():
+    assert [train.shipped(torch.device(name)) for name in ("cpu", "cuda")] == [TINY, ROOT / "checkpoints/small"]
+
+
 def test_overfits_four_examples(base, tokenizer):
     """A base learns four texts in its prompt; then the hypernetwork, with the base frozen, learns them without a prompt:
     the conversations ask the same thing, so only the generated LoRA tells the answers apart."""
