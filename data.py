@@ -1145,8 +1145,12 @@ def pad(rows, value, multiple=8):
     return ids, mask
 
 
-def collate(examples, tokenizer, multiple=8):
-    """Examples -> batch, the table at the top of this file; lengths are multiples of `multiple`."""
+def collate(examples, tokenizer, multiple=8, quarters=False):
+    """Examples -> batch, the table at the top of this file; lengths are multiples of `multiple`.
+
+    quarters: as many positions are counted as make a quarter, two, three or all of them, those without weight among them; then batches
+    have few different shapes, as train.Graphs wants.
+    """
     contexts, rows, weights = zip(*examples)
     batch = {}
     batch["input_ids"], mask = pad(rows, tokenizer.end, multiple)
@@ -1154,13 +1158,17 @@ def collate(examples, tokenizer, multiple=8):
     apart[:, 0] = False
     batch["attention_mask"] = (1 + apart.cumsum(1)) * (mask & ~apart)
     batch["weights"] = pad(weights, 0.0, multiple)[0].float()
-    batch["counted"] = batch["weights"][:, 1:].flatten().nonzero()[:, 0]
+    flat = batch["weights"][:, 1:].flatten()
+    batch["counted"] = flat.nonzero()[:, 0]
+    if quarters:
+        quarter = -(-len(flat) // 4)
+        batch["counted"] = torch.cat((batch["counted"], (flat == 0).nonzero()[:-len(batch["counted"]) % quarter, 0]))
     if contexts[0] is not None:
         batch["context_ids"], batch["context_mask"] = pad(contexts, tokenizer.end, multiple)
     return batch
 
 
-def batches(examples, batch_size, start=0, rank=0, world=1, pool=None, worker=0, workers=1, multiple=8):
+def batches(examples, batch_size, start=0, rank=0, world=1, pool=None, worker=0, workers=1, multiple=8, quarters=False):
     """Endless batches from number `start` on; of each global batch this rank takes its part.
 
     Examples are made in pools of `pool` batches (default: about 4,096 examples, 128 batches at most). Inside one they are sorted by
@@ -1180,7 +1188,7 @@ def batches(examples, batch_size, start=0, rank=0, world=1, pool=None, worker=0,
         groups = [made[i:i + size] for i in range(0, len(made), size)]
         rng.shuffle(groups)
         for group in groups[done:]:
-            yield collate(group[rank::world], examples.tokenizer, multiple)
+            yield collate(group[rank::world], examples.tokenizer, multiple, quarters)
             number += 1
 
 

@@ -373,6 +373,7 @@ def parse(argv):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--float32", action="store_true", help="activations, and Muon's iterations, in float32 whatever the machine")
     add("--compile", action="store_true", help="torch.compile the layers")
+    add("--cuda-graphs", action="store_true", help="on one GPU: record each shape of batch as a CUDA graph, which starts a pass at once; lengths in multiples of 32")
     add("--checkpointing", action="store_true", help="activation checkpointing: less memory, a third more work")
     add("--moments16", action="store_true", help="AdamW's moments in bf16 instead of float32")
     add("--shard", action="store_true", help="under torchrun: spread the frozen language model over the GPUs (fully_shard)")
@@ -514,20 +515,21 @@ def take_up(out, module, optimizers, args, say):
 class Stream(torch.utils.data.IterableDataset):
     """data.batches as a dataset, from batch `start` on; each worker process of a DataLoader, which asks them in turn, makes its own."""
 
-    def __init__(self, examples, batch_size, start, rank, world, pool, multiple):
-        self.examples, self.batch_size, self.start, self.ranks, self.pool, self.multiple = examples, batch_size, start, (rank, world), pool, multiple
+    def __init__(self, examples, batch_size, start, rank, world, pool, *shapes):
+        self.examples, self.batch_size, self.start, self.ranks, self.pool, self.shapes = examples, batch_size, start, (rank, world), pool, shapes
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         workers = info.num_workers if info else 1
         number = self.start + (info.id if info else 0)      # of the batch that is asked of this process first
-        return batches(self.examples, self.batch_size, number // workers, *self.ranks, self.pool, number % workers, workers, self.multiple)
+        return batches(self.examples, self.batch_size, number // workers, *self.ranks, self.pool, number % workers, workers, *self.shapes)
 
 
 def loader(examples, args, start, rank, world, device, pool=None):
     """Batches from number `start` on, made by processes of their own unless --workers 0; for a GPU, whose masked attention wants
-    that, with lengths in multiples of 16."""
-    return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world, pool, 16 if device.type == "cuda" else 8), batch_size=None, num_workers=args.workers,
+    that, with lengths in multiples of 16, and for CUDA graphs, one a shape, in multiples of 32."""
+    shapes = 32 if args.cuda_graphs else 16 if device.type == "cuda" else 8, args.cuda_graphs
+    return iter(torch.utils.data.DataLoader(Stream(examples, args.batch, start, rank, world, pool, *shapes), batch_size=None, num_workers=args.workers,
                                             generator=torch.Generator(), prefetch_factor=8 if args.workers else None,      # enough to go on while a worker makes its next pool
                                             pin_memory=device.type == "cuda"))
 
@@ -558,10 +560,58 @@ class Unseen:
         return metrics
 
 
-def gradients(step_module, micro, clips, clip, world, device):
+def compile_layers(model, shine=None):
+    """torch.compile of the layers of the language model and of the M2P, when they first run."""
+    torch._dynamo.config.recompile_limit = 32      # the layers of reading and answering, first, last and others, are all cases of one function
+    for layer in [*model.model.layers, *(shine.m2p.transformer_layers if shine else ())]:
+        # one compilation for all lengths; with them torch 2.11 fails on a GPU in an analysis that is for fixed ones (an AssertionError in tiling_utils)
+        layer.compile(dynamic=True, options={"triton.coalesce_tiling_analysis": False})
+
+
+def one_pass(module, batch, total):
+    """Forward and backward -> the loss, detached; gradients are added to those in the parameters."""
+    loss = module(batch, total)
+    loss.backward()
+    return loss.detach()
+
+
+class Graphs:
+    """one_pass of a module as CUDA graphs, one for each shape of a batch.
+
+    A pass starts some thousand small kernels, which may take the host longer than the GPU has work with them; a recorded one is
+    started at once. A shape that is met for the first time runs kernel by kernel (libraries set themselves up, layers are compiled) and is
+    recorded when it comes again; the records share one pool of memory, since no two run at the same time.
+    """
+
+    def __init__(self, module):
+        self.module, self.records, self.pool = module, {}, torch.cuda.graph_pool_handle()
+        for p in module.trained().values():      # a record adds to the gradients where they lie now
+            p.grad = torch.zeros_like(p)
+
+    def __call__(self, module, batch, total):
+        assert module is self.module
+        inputs = [*batch.values(), total]
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in self.records:
+            self.records[shapes] = None
+            return one_pass(self.module, batch, total)
+        if self.records[shapes] is None:
+            held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):      # another thread pins the next batches
+                loss = one_pass(self.module, dict(zip(batch, held)), held[-1])
+            self.records[shapes] = held, graph, loss
+        held, graph, loss = self.records[shapes]
+        for t, value in zip(held, inputs):
+            t.copy_(value)
+        graph.replay()
+        return loss      # overwritten by the next pass of this shape
+
+
+def gradients(step_module, micro, clips, clip, world, device, run_pass=one_pass):
     """Forward and backward of the passes of one step, each adding its part of one mean over all counted tokens.
 
-    -> (loss, norm of each clipping group before clipping); the gradients, clipped, are in the parameters.
+    -> (1 + groups,): the loss, then the norm of each clipping group before clipping, still on the device: whoever reads them waits for
+    it. The gradients, clipped, are in the parameters. run_pass: one_pass, or a Graphs of the module.
     """
     micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
     total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
@@ -571,15 +621,12 @@ def gradients(step_module, micro, clips, clip, world, device):
     for i, batch in enumerate(micro):
         if world > 1:
             step_module.require_backward_grad_sync = i == len(micro) - 1
-        part = step_module(batch, total / world)
-        part.backward()
-        loss += part.detach()
+        loss += run_pass(step_module, batch, total / world)
     if world > 1:
         dist.all_reduce(loss)
         loss /= world
     norms = [nn.utils.clip_grad_norm_(params, clip) for params in clips.values()]
-    loss, *norms = torch.stack([loss, *norms]).tolist()      # the one time in a step that the host waits for a GPU
-    return loss, norms
+    return torch.stack([loss, *norms])
 
 
 def main(argv=None):
@@ -598,6 +645,8 @@ def main(argv=None):
         raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
     if args.resume and not (out / "state.safetensors").is_file():
         raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
+    if args.cuda_graphs and (device.type != "cuda" or world > 1 or args.checkpointing):
+        raise UserError("--cuda-graphs is for one GPU, without --checkpointing: leave it out")
     if args.shard and world == 1:
         raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
     if args.base and device.type == "cpu":
@@ -622,9 +671,8 @@ def main(argv=None):
     state["args"] = vars(args)
     step_module = module
     if args.compile:
-        torch._dynamo.config.recompile_limit = 32      # the layers of reading and answering, first, last and others, are all cases of one function
-        for layer in list(model.model.layers) + (list(shine.m2p.transformer_layers) if shine else []):
-            layer.compile(dynamic=True)      # one compilation for all lengths
+        compile_layers(model, shine)
+    graphs = Graphs(module) if args.cuda_graphs else None
     if world > 1:
         step_module = nn.parallel.DistributedDataParallel(module, init_sync=not args.shard)      # all ranks start alike: one seed
 
@@ -662,7 +710,9 @@ def main(argv=None):
 
     data = loader(examples, args, state["step"] * args.accumulate, rank, world, device)
     bad, next_eval, next_save, waited = 0, None, None, state.get("waited", 0.0)
-    started = last = time.perf_counter()
+    t = started = last = time.perf_counter()
+    micro = [next(data) for _ in range(args.accumulate)]
+    waited += time.perf_counter() - t
     before = state["seconds"]
     module.train()
     while True:
@@ -687,15 +737,16 @@ def main(argv=None):
         if progress >= 1:
             break
 
-        t = time.perf_counter()
-        micro = [next(data) for _ in range(args.accumulate)]
-        waited += time.perf_counter() - t
         tokens = world * sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
         lr = learning_rate(progress, state["step"], args.lr, args.warmup)
         for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * peak / args.lr
-        loss, norms = gradients(step_module, micro, clips, args.clip, world, device)
+        report = gradients(step_module, micro, clips, args.clip, world, device, graphs or one_pass)
+        t = time.perf_counter()
+        micro = [next(data) for _ in range(args.accumulate)]      # the next step's, while a GPU is at work
+        waited += time.perf_counter() - t
+        loss, *norms = report.tolist()      # the one time in a step that the host waits for a GPU
         if all(map(math.isfinite, (loss, *norms))):
             bad = 0
             for optimizer in optimizers:
@@ -705,7 +756,7 @@ def main(argv=None):
             say(f"step {state['step']}: loss {loss}, gradient norms {[round(n, 2) for n in norms]}; step skipped")
             if bad == 5:
                 raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
-        module.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=graphs is None)
 
         now = time.perf_counter()
         state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens, "waited": waited,

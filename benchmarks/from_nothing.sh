@@ -7,6 +7,8 @@
 # DATA holds text/ (plain text, .txt or .txt.xz) and */train.jsonl (conversations). Variables: PRESET (small), STAGES (of "base gist
 # pretrain", those to run now), TOKENIZER (folder whose tokenizer is taken), BASE_BATCH, GIST_BATCH, BATCH, WORKERS.
 #
+# On a GPU, --compile and --cuda-graphs behind the minutes are for speed.
+#
 #   PRESET=test WORKERS=1 BASE_BATCH=4 GIST_BATCH=4 BATCH=4 TOKENIZER=checkpoints/tiny benchmarks/from_nothing.sh /tmp/dry DATA 0.1 0.1 0.1      a minute on a CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."

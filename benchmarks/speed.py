@@ -1,7 +1,8 @@
 """What this implementation costs, and how far that is from what the machine can do.
 
     python -m benchmarks.speed [--json OUT] [--size tiny|small|reference|qwen3-0.6b ...] [--quick]      sizes that OUT has already stay in it
-    python -m benchmarks.speed --profile [--size small]      the kernels of a training step instead, and how long the device is busy in it
+    python -m benchmarks.speed --profile [--size small]      the kernels of a training step instead, how long the device is busy in it, and what
+                                                             --compile and --cuda-graphs of train.py make of it
 
 Medians of several runs after warm-up; FLOP/s achieved are beside the machine's own matrix product in the same dtype. FLOPs
 are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random but for the two sizes that ship.
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Ids, Parser, run
 from model import QWEN3, Config, Decoder, LanguageModel, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig
+from train import Graphs, compile_layers, one_pass
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("tiny", "small")      # folders of checkpoints/
@@ -64,9 +66,10 @@ def read_rate(device, size=2 ** 28):
     return big.nbytes / median(lambda: big.sum(), 7)
 
 
-def peak_memory(size, B, N, S):
+def peak_memory(size, B, N, S, checkpointing=False):
     """GiB of a process that makes two training steps on the CPU, Python and torch included."""
     code = (f"from benchmarks.speed import *; device, dtype, _ = pick_device('cpu'); shine = build({size!r}, device, dtype);"
+            f"shine.base.checkpointing = shine.m2p.checkpointing = {checkpointing};"
             f"optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True); batch = batch_of({B}, {N}, {S}, shine.base.config.vocab_size, device);"
             "step(shine, batch, optimizer); step(shine, batch, optimizer); print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")      # getrusage would count the parent
     return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout) / 2 ** 20
@@ -118,10 +121,10 @@ def flops(c, h, M, B, N, S, counted):
     return reading + m2p + answering
 
 
-def step(shine, batch, optimizer):
-    shine(batch).backward()
+def step(shine, batch, optimizer, run_pass=one_pass):
+    run_pass(shine, batch, batch["weights"][:, 1:].sum())
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=run_pass is one_pass)
 
 
 def training(size, device, dtype, shapes, rate):
@@ -143,8 +146,11 @@ def training(size, device, dtype, shapes, rate):
         if device.type == "cuda":
             rows[f"{B} x ({N} + {S})"]["peak GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
         elif Path("/proc/self/status").is_file():
+            shine.base.checkpointing = shine.m2p.checkpointing = True
+            again = median(lambda: step(shine, batch, optimizer), 3, 1)
             shine = optimizer = None
-            rows[f"{B} x ({N} + {S})"]["peak GiB"] = peak_memory(size, B, N, S)
+            rows[f"{B} x ({N} + {S})"] |= {"peak GiB": peak_memory(size, B, N, S), "with checkpointing: peak GiB": peak_memory(size, B, N, S, True),
+                                           "with checkpointing: samples/s": B / again}
     return rows
 
 
@@ -251,21 +257,37 @@ def growth(device, dtype):
 
 
 def kernels(size, device, dtype, top=20):
-    """Print what a step of the hypernetwork (with AdamW) spends its time on: each kernel's (on a CPU: operation's) own, and the whole step's."""
+    """Print what a step of the hypernetwork (with AdamW) spends its time on: each kernel's (on a CPU: operation's) own, and the whole step's;
+    on a GPU, then, the step as CUDA graphs, compiled, and both."""
     from torch.profiler import ProfilerActivity, profile
-    B, N, S = (128, 64, 152) if device.type == "cuda" else (4, 64, 152)
+    cuda = device.type == "cuda"
+    B, N, S = ((4, 1024, 1024) if size in QWEN3 else (128, 64, 160)) if cuda else (4, 64, 160)
     shine = build(size, device, dtype)
     optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True)
     batch = batch_of(B, N, S, shine.base.config.vocab_size, device)
-    seconds = median(lambda: step(shine, batch, optimizer), 5, 3)
-    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
+    work, rate = flops(shine.base.config, shine.config, shine.M, B, N, S, len(batch["counted"])), matmul_rate(dtype, device, 8192 if cuda else 2048)
+
+    def timed(name, run_pass=one_pass):
+        seconds = median(lambda: step(shine, batch, optimizer, run_pass), 10, 4)
+        print(f"{size}, {B} x ({N} + {S}), {name}: {1000 * seconds:.1f} ms a step, {work / seconds / rate:.1%} of the matrix product's {rate / 1e12:.3g} TFLOP/s", flush=True)
+    timed("as it is")
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         step(shine, batch, optimizer)
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-    own = lambda row: row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total      # microseconds
+    own = lambda row: row.self_device_time_total if cuda else row.self_cpu_time_total      # microseconds
     rows = sorted((row for row in seen.key_averages() if own(row)), key=own, reverse=True)      # without the launches, which have no device time
-    print(f"{size}, {B} x ({N} + {S}): {1000 * seconds:.1f} ms a step, {sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
-    print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]))
+    print(f"{sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
+    print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]), flush=True)
+    if cuda:
+        small = size not in QWEN3      # large kernels keep the host waiting as it is
+        if small:
+            timed("CUDA graphs", Graphs(shine))
+            optimizer.zero_grad(set_to_none=True)
+        compile_layers(shine.base, shine)
+        timed("compiled")
+        if small:
+            timed("compiled, CUDA graphs", Graphs(shine))
 
 
 def main(argv=None):
@@ -278,7 +300,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, dtype, why = pick_device(args.device)
     if args.profile:
-        return [kernels(size, device, dtype) for size in args.size if size not in QWEN3]
+        return [kernels(size, device, dtype) for size in args.size if size not in QWEN3 or device.type == "cuda"]
     rate = matmul_rate(dtype, device)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__}
     bandwidth = read_rate(device)

@@ -5,6 +5,7 @@ import operator
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def fit(module, batch, steps, lr):
 def test_several_workers_make_one_stream(tokenizer):
     """Two workers with pools of two batches: no example twice, and a resumed run goes on with the same batches."""
     examples = Examples("finetune", tokenizer, 400, 600, max_facts=2)
-    stream = lambda start: train.loader(examples, argparse.Namespace(batch=4, workers=2), start, 0, 1, torch.device("cpu"), pool=2)
+    stream = lambda start: train.loader(examples, argparse.Namespace(batch=4, workers=2, cuda_graphs=False), start, 0, 1, torch.device("cpu"), pool=2)
     first, again = stream(0), stream(3)
     seen = [next(first) for _ in range(8)]
     texts = {tuple(row.tolist()) for batch in seen for row in batch["input_ids"]}
@@ -82,6 +83,61 @@ def test_several_workers_make_one_stream(tokenizer):
     # all that one process would make, and a curriculum that goes by time
     assert sorted(index for index, _ in met) == list(range(32)) and max(abs(index - before) for index, before in met) <= 8
     assert sorted(before for _, before in met)[:4] == [0, 0, 2, 2]
+
+
+class Recorder:
+    """What CUDA graphs do, for a machine without them: inside torch.cuda.graph a pass does not run, replay runs it on the tensors it was given."""
+
+    def __init__(self, monkeypatch):
+        self.one_pass = train.one_pass
+        monkeypatch.setattr(train, "one_pass", self.pass_or_record)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda graph: graph.run()}))
+        monkeypatch.setattr(torch.cuda, "graph", self.recording)
+        self.graph = None
+
+    @contextmanager
+    def recording(self, graph, pool, capture_error_mode):
+        self.graph = graph
+        yield
+        self.graph = None
+
+    def pass_or_record(self, *args):
+        if self.graph is None:
+            return self.one_pass(*args)
+        loss = torch.zeros(())
+        self.graph.run = lambda: loss.copy_(self.one_pass(*args))
+        return loss
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_recorded_passes_give_the_same_gradients(shine, tokenizer, monkeypatch, device):
+    """Two shapes in turn, three batches of each: the first runs, the second is recorded, the third is replayed with other numbers."""
+    if device == "cpu":
+        Recorder(monkeypatch)
+    shine.to(device)
+    examples, total = Examples("finetune", tokenizer, 60, 200, max_facts=1), torch.tensor(7.0, device=device)
+    first, second = (collate([examples(i) for i in numbers], tokenizer, 32, quarters=True) for numbers in ((0, 1), (2, 3, 4)))
+    other = lambda batch, k: {name: ((v + k) % 256 if name.endswith("_ids") else v).to(device) for name, v in batch.items()}
+    mixed = [other(batch, k) for k in range(3) for batch in (first, second)]
+    expected = []
+    for batch in mixed:
+        expected.append((shine(batch, total), [*torch.autograd.grad(shine(batch, total), shine.trained().values())]))
+    graphs = train.Graphs(shine)
+    where = [p.grad.data_ptr() for p in shine.trained().values()]
+    for batch, (loss, gradients) in zip(mixed, expected):
+        assert close(graphs(shine, batch, total), loss.detach())
+        assert all(close(p.grad, g, 1e-4) for p, g in zip(shine.trained().values(), gradients))
+        shine.zero_grad(set_to_none=False)
+    assert [p.grad.data_ptr() for p in shine.trained().values()] == where and len(graphs.records) == 2
+
+
+def test_quarters_change_no_loss(base, tokenizer):
+    rows = [Examples("finetune", tokenizer, 60, 200, max_facts=1)(i)[1:] for i in range(3)]
+    plain, even = (collate([(None, *row) for row in rows], tokenizer, 32, quarters=q) for q in (False, True))
+    positions = plain["weights"][:, 1:].numel()
+    assert len(plain["counted"]) < len(even["counted"]) == len(even["counted"].unique()) and len(even["counted"]) % -(-positions // 4) == 0
+    assert close(base.loss(even).detach(), base.loss(plain).detach())
 
 
 def test_a_resumed_run_keeps_its_workers(folder):
@@ -291,7 +347,7 @@ def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
 @pytest.mark.parametrize("arguments, word", [
     (["--steps", "0"], "0"), (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
     (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"), (["--hypernet", "nowhere"], "--hypernet"),
-    (["--out", "/proc/none"], "/proc/none")])
+    (["--out", "/proc/none"], "/proc/none"), (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs")])
 def test_bad_arguments_end_in_one_line_and_status_2(arguments, word, tmp_path):
     command = [sys.executable, "train.py", "--stage", "base", "--preset", "test", "--vocab-size", "300", "--steps", "1", "--out", str(tmp_path / "run")]
     run = subprocess.run(command + arguments, cwd=ROOT, capture_output=True, text=True)
