@@ -118,31 +118,38 @@ QWEN3 = {  # the released sizes: H, L, heads, I, tied embeddings; what they shar
 
 
 # ---------------------------------------------------------------------------- LoRA: the layout, said once
-def lora_layout(config):
-    """The seven linears of a decoder layer in the paper's order: [(name, in, out)]. Everything about LoRA walks this.
+def lora_layout(config, modules="all"):
+    """The linears of a decoder layer that have a LoRA, in the paper's order: [(name, in, out)]. Everything about LoRA walks this.
+
+    modules: "all", the seven of the paper, or some of their last names, "o_proj,down_proj".
 
     >>> [(n.split(".")[1], i, o) for n, i, o in lora_layout(Config())][:2]
     [('q_proj', 48, 48), ('k_proj', 48, 24)]
     """
     H, I = config.hidden_size, config.intermediate_size
     q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return [("self_attn.q_proj", H, q), ("self_attn.k_proj", H, k), ("self_attn.v_proj", H, k), ("self_attn.o_proj", q, H),
-            ("mlp.gate_proj", H, I), ("mlp.up_proj", H, I), ("mlp.down_proj", I, H)]
+    layout = [("self_attn.q_proj", H, q), ("self_attn.k_proj", H, k), ("self_attn.v_proj", H, k), ("self_attn.o_proj", q, H),
+              ("mlp.gate_proj", H, I), ("mlp.up_proj", H, I), ("mlp.down_proj", I, H)]
+    names = [name.split(".")[1] for name, _, _ in layout]
+    wanted = names if modules == "all" else modules.split(",")
+    if wrong := [name for name in wanted if name not in names]:
+        raise UserError(f"target_modules {modules!r}: {wrong[0]!r} is not one of {', '.join(names)}")
+    return [linear for linear, name in zip(layout, names) if name in wanted]
 
 
-def lora_size(config, r):
+def lora_size(config, r, modules="all"):
     """P, the numbers a LoRA of rank r has in one layer: r * sum(in + out)."""
-    return r * sum(n_in + n_out for _, n_in, n_out in lora_layout(config))
+    return r * sum(n_in + n_out for _, n_in, n_out in lora_layout(config, modules))
 
 
-def cut(flat, config, r):
+def cut(flat, config, r, modules="all"):
     """Cut flat parameters into a LoRA; no parameter is involved (paper, section 4).
 
     flat (L, P) or (B, L, P), row-major: for each linear in layout order first A (in, r), then B (r, out).
     Returns a LoRA: a list over the L layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out).
     """
-    layout, lead = lora_layout(config), flat.shape[:-2]
-    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r)), (flat.shape, r)
+    layout, lead = lora_layout(config, modules), flat.shape[:-2]
+    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r, modules)), (flat.shape, r)
     sizes = [n for _, n_in, n_out in layout for n in (n_in * r, r * n_out)]
     lora = []
     for layer in flat.unbind(-2):
@@ -604,13 +611,14 @@ class Decoder:
         def joined(layer, pairs, *names):
             """W^T of linears side by side, in parts, (P, in, out / P); A (in, names * r) and B (names * r, out) where it is bf16: the
             sum W + A B would round away what is small beside W."""
-            pairs = [pairs[n] for n in names] if pairs else []
-            A, B = ([pair[i].reshape(pair[i].shape[-2:]).float() for pair in pairs] for i in (0, 1))
-            W = torch.cat([layer.get_submodule(n).weight.T for n in names], 1).to(self.dtype)
-            if pairs and self.dtype == torch.float32:
-                W += torch.cat([a @ b for a, b in zip(A, B)], 1)
-            if not pairs or self.dtype == torch.float32:
+            weights = [layer.get_submodule(n).weight.T for n in names]
+            W = torch.cat(weights, 1).to(self.dtype)
+            if not any(n in pairs for n in names):
                 return self.cut(W), None, None
+            A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((len(w), 0) if i == 0 else (0, w.shape[1]))
+                     for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
+            if self.dtype == torch.float32:
+                return self.cut(W + torch.cat([a @ b for a, b in zip(A, B)], 1)), None, None
             return self.cut(W), torch.cat(A, 1).to(self.dtype), torch.block_diag(*B).to(self.dtype)
         # RMSNorm is x w sqrt(n) / sqrt(|x|^2 + n eps): w sqrt(n) at once, and for q the scale of the scores too
         norm = lambda module, *heads, scale=1.0: (module.weight.float() * math.sqrt(len(module.weight)) * scale).to(self.dtype).expand(*heads, -1)

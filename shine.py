@@ -52,6 +52,7 @@ class ShineConfig:
     conversation_length: int = 384  # longest conversation in tokens
     m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
     m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
+    target_modules: str = "all"     # the linears that a LoRA is generated for: the paper's seven, or some, "o_proj,down_proj"
 
 
 PUBLISHED = ("metanetwork.pth", "metalora.pth", "mem_tokens.pt")          # the files of a hypernetwork as its authors release it
@@ -109,7 +110,7 @@ class LoRA(list):
                 Tokenizer.load(base_folder).save_hugging_face(folder)
 
     def one_row(self):
-        rows = len(self[0]["mlp.up_proj"][0])
+        rows = len(next(iter(self[0].values()))[0])
         assert rows == 1, f"one row at a time: lora.row(i) first; this has {rows}"
         return self
 
@@ -124,7 +125,8 @@ class LoRA(list):
         if info.get("base") != fingerprint(base):
             raise UserError(f"{path} was made for another language model ({info.get('base_name') or 'unnamed'}, {info.get('base')}; "
                             f"this one is {fingerprint(base)})")
-        r, layout = int(info["r"]) if info.get("r", "").isdigit() else 0, lora_layout(base.config)
+        r, there = int(info["r"]) if info.get("r", "").isdigit() else 0, {".".join(key.split(".")[2:-1]) for key in tensors}
+        layout = [linear for linear in lora_layout(base.config) if linear[0] in there] or lora_layout(base.config)
         check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
                                       for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
         device = base.model.norm.weight.device
@@ -132,9 +134,9 @@ class LoRA(list):
         return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
 
 
-def smallest_rank(config):
+def smallest_rank(config, modules="all"):
     """The ranks whose LoRA can be cut out of memory states are its multiples."""
-    return config.hidden_size // math.gcd(config.hidden_size, lora_size(config, 1))
+    return config.hidden_size // math.gcd(config.hidden_size, lora_size(config, 1, modules))
 
 
 def fingerprint(base):
@@ -224,14 +226,15 @@ class Shine(nn.Module):
         self.base_id = fingerprint(base)
         self.reads_only = False            # behind the stage gist: no M2P has trained yet
         c = base.config
-        L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r)
+        L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules)
         try:
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes, config.m2p_norm)
         except ValueError as error:
-            hint = "" if config.r % smallest_rank(c) == 0 else f" (--rank: a multiple of {smallest_rank(c)} fits)"
+            fits = smallest_rank(c, config.target_modules)
+            hint = "" if config.r % fits == 0 else f" (--rank: a multiple of {fits} fits)"
             raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
@@ -275,7 +278,11 @@ class Shine(nn.Module):
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
         flat = self.m2p(memory_states, trace) * math.sqrt(self.config.scale)                 # (B, L, P)
-        return LoRA(cut(flat, self.base.config, self.config.r), self.config.r, {"base": self.base_id, "base_name": self.base.name})
+        return self.cut(flat, {"base": self.base_id, "base_name": self.base.name})
+
+    def cut(self, flat, info=None):
+        """Flat (B, L, P) -> LoRA of the rank and for the linears that this hypernetwork generates."""
+        return LoRA(cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
 
     def generate_lora(self, context, mask=None):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
@@ -481,7 +488,7 @@ def inspect(shine, text, say=print):
         say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into A, B of rank "
             f"{shine.config.r}, times sqrt({shine.config.scale})")
         say("5. what the LoRA does: |A B| / |W| and, in brackets, the effective rank of A B\n   layer  "
-            + "".join(f"{name.split('.')[1]:>15}" for name, _, _ in lora_layout(c)))
+            + "".join(f"{name.split('.')[1]:>15}" for name in lora[0]))
         for i, layer in enumerate(lora):
             cells = []
             for name, (A, B) in layer.items():
@@ -527,10 +534,10 @@ def absorb(shine, text, say):
     if shine.device.type == "cuda":
         torch.cuda.synchronize()
     ms = (time.perf_counter() - started) * 1000
-    numbers = sum(A.numel() + B.numel() for layer in lora for A, B in layer.values())
+    tensors = [t for layer in lora for pair in layer.values() for t in pair]
+    numbers, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors) / 1024
     say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
-    size = numbers * lora[0]["mlp.up_proj"][0].element_size() / 1024
-    say(f"rank {lora.r} on 7 linears of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
+    say(f"rank {lora.r} on {len(lora[0])} linears of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
     return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
 
 

@@ -365,6 +365,7 @@ def parse(argv):
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
     add("--m2p-norm", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): memory states of unit size for the M2P")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
+    add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for, all (default) or some, o_proj,down_proj")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02, from H = 192 on smaller in proportion)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--save-every", type=positive(float), help="the same between checkpoints without one (default: none)")
@@ -425,7 +426,7 @@ def new_config(args, config):
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False)
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or "all")
 
 
 def shipped(device):
@@ -462,7 +463,8 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
-        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm)):
+        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm),
+                            ("target_modules", c.target_modules)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
         shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})

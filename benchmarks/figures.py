@@ -146,7 +146,7 @@ def scaling():
     groups = {}      # {group: {value: its cells}}, of groups with more than the shared cell
     for group, shared in study.SHARED.items():
         values = dict.fromkeys([cell[group] for cell in study.GROUPS.get(group, ())] + [shared])
-        found = {v: same for v in values if (same := [c for c in cells if c["cell"] == study.SHARED | {group: v}])}
+        found = {v: same for v in values if (same := [c for c in cells if study.SHARED | c["cell"] == study.SHARED | {group: v}])}
         if len(found) > 1:
             groups[group] = dict(sorted(found.items())) if all(isinstance(v, int) for v in found) else found
     figure, rows = plt.subplots(2, len(groups), figsize=(2.2 + 2.2 * len(groups), 5), sharey="row", squeeze=False)

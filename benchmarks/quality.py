@@ -7,7 +7,7 @@
 Every question is answered greedily, one conversation a text, with the model's own earlier answers in the history. Exact
 match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7)
 
-The baselines train a LoRA of the generated one's rank for each text, by AdamW:
+The baselines train a LoRA of the generated one's rank, on the same linears, for each text, by AdamW:
     sft N         on N conversations about the text (generated texts, or a field "others" in the set), 10 epochs
     ttt N         N steps of language modelling on the text itself (test-time training)
     shine+ttt N   the same from the generated LoRA on
@@ -26,8 +26,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Parser, Source, collate, positive, read_conversations, render, run
-from model import cut, flatten, lora_layout, pick_device, write_json
-from shine import DEFAULT_MODEL, LoRA, Shine
+from model import flatten, lora_layout, pick_device, write_json
+from shine import DEFAULT_MODEL, Shine
 from train import Peak, evaluate, token_accuracy
 
 CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
@@ -42,7 +42,7 @@ def plain_start(shine, rows, seed=0):
     """A LoRA's usual start, flat (rows, L, P): A uniform within 1 / sqrt(in), B zero."""
     c, r, generator = shine.base.config, shine.config.r, torch.Generator().manual_seed(seed)
     parts = []
-    for _, n_in, n_out in lora_layout(c):
+    for _, n_in, n_out in lora_layout(c, shine.config.target_modules):
         parts += [(torch.rand(c.num_hidden_layers, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(c.num_hidden_layers, r * n_out)]
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
@@ -53,13 +53,13 @@ def fit(shine, start, examples, steps, lr, dtype=None, mask=None):
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
     mask (1, L, P): 1 where the LoRA trains, 0 where it stays.
     """
-    flat, r, c = start.clone().requires_grad_(), shine.config.r, shine.base.config
+    flat = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
     for step in range(1, steps + 1):
         batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
         batch["weights"] /= batch["weights"].sum(1, keepdim=True)              # the mean of each row; the rows are added
         shine.base.compute_dtype = dtype
-        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, cut(flat, c, r), total=1.0).backward()
+        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, shine.cut(flat), total=1.0).backward()
         shine.base.compute_dtype = None                                        # between steps LoRAs are scored
         if mask is not None:
             flat.grad.mul_(mask)
@@ -108,7 +108,7 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
 def score(shine, records, flat):
     """Rows of train.evaluate for one trained LoRA a record."""
     place = {id(r): i for i, r in enumerate(records)}
-    make = lambda group: LoRA(cut(flat[[place[id(r)] for r in group]], shine.base.config, shine.config.r), shine.config.r)
+    make = lambda group: shine.cut(flat[[place[id(r)] for r in group]])
     return evaluate(shine.base, shine.tokenizer, records, "trained", make_lora=make)
 
 
@@ -145,7 +145,7 @@ def costs(shine, records, rates):
         rows = []
         for r in records:
             started = time.perf_counter()
-            lora = cut(prepare(r, steps), shine.base.config, shine.config.r) if prepare else None
+            lora = shine.cut(prepare(r, steps)) if prepare else None
             seconds = time.perf_counter() - started if prepare else 0.0
             talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
             ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
@@ -275,7 +275,7 @@ def main(argv=None):
     result = measure(shine, records, rates)
     answers = result.pop("answers")
     result |= extra
-    result |= {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}", "model": Path(args.model).name, "machine": why,
+    result |= {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}", "model": Path(args.model).name, "machine": why, "threads": torch.get_num_threads(),
                "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if args.generate:
         result["reconstruction token accuracy"] = round(100 * token_accuracy(shine, [r["context"] for r in records[:200]]), 2)

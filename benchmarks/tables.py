@@ -84,18 +84,20 @@ def quality():
 
 
 def baselines():
-    result = read("tiny/baselines")
+    small, tiny = (read(f"{model}/baselines") for model in MODELS)
     names = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
-    lines = ["| | EM | F1 | seconds to prepare | GFLOP to prepare | MiB to prepare | tokens in the prompt | ms to the first token |", "|---|---|---|---|---|---|---|---|"]
-    for condition, scored in result["conditions"].items():
+    lines = ["| | small: EM | F1 | seconds to prepare | GFLOP to prepare | MiB to prepare | tokens in the prompt | ms to the first token | tiny: EM | F1 | seconds to prepare |", "|---" * 11 + "|"]
+    for condition, scored in small["conditions"].items():
         kind, _, count = condition.partition(" ")
         title = names.get(condition) or {"sft": f"SFT, conversations: {count}", "ttt": f"TTT, steps: {count}", "shine+ttt": f"SHINE + TTT, steps: {count}"}[kind]
-        cost = result["costs"].get(condition)
+        cost, other = (r["costs"].get(condition) for r in (small, tiny))
         costs = (f"{cost['prepare s']:.3g}", f"{cost['GFLOP to prepare']:.3g}", f"{cost['MiB to prepare']:.3g}", f"{cost['prompt tokens']:.0f}",
                  f"{1000 * cost['first token s']:.1f}") if cost else ("",) * 5
-        lines.append(f"| {title} | {cell(scored['em'])} | {scored['f1']['mean']:.1f} | " + " | ".join(costs) + " |")
-    return "\n".join(lines) + f"\n\n{result['texts']} held-out generated texts, {result['conditions']['shine']['em']['questions']} questions; learning rates " \
-        f"(chosen on 16 other texts) {', '.join(f'{k} {v:g}' for k, v in result['learning rates'].items())}; costs on {result['machine']}, medians of five texts."
+        em_f1 = lambda scored: f"{cell(scored['em'])} | {scored['f1']['mean']:.1f}"
+        lines.append(f"| {title} | {em_f1(scored)} | " + " | ".join(costs) + f" | {em_f1(tiny['conditions'][condition])} | " + (f"{other['prepare s']:.3g} |" if other else "|"))
+    rates = lambda r: ", ".join(f"{k} {v:g}" for k, v in r["learning rates"].items())
+    return "\n".join(lines) + f"\n\n{small['texts']} held-out generated texts, {small['conditions']['shine']['em']['questions']} questions; learning rates (chosen on 16 other texts) {rates(small)} " \
+        f"(tiny {rates(tiny)}); costs of small on {small['machine']}, one thread beside another process, of tiny on {tiny['machine']}, medians of five texts."
 
 
 def latency():
@@ -156,13 +158,18 @@ def speed():
 
 def where():
     small, tiny = (read(f"{model}/where") for model in MODELS)
-    held, show = tiny["by gradient"], lambda ems, part: cell(ems[part]) if part in ems else ""
-    lines = ["| what is the text's own | small: SHINE, exact match | tiny: SHINE, exact match | tiny: by gradient on 10 conversations |", "|---|---|---|---|"] \
-        + [f"| {part} | {show(small['parts'], part)} | {show(tiny['parts'], part)} | {show(held, part)} |" for part in small["parts"]]
+    columns = {"small: SHINE, exact match": small["parts"], "tiny: SHINE, exact match": tiny["parts"], "tiny: by gradient on 10 conversations": tiny.get("by gradient"),
+               "questions not asked there": tiny.get("by gradient, not asked before")}      # none with --gradient 0
+    columns = {title: ems for title, ems in columns.items() if ems}
+    lines = ["| what is the text's own | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"] \
+        + ["| " + " | ".join([part, *(cell(ems[part]) if part in ems else "" for ems in columns.values())]) + " |" for part in small["parts"]]
     sets = " and ".join(f"{r['texts']} ({r['parts']['all of it']['questions']} questions)" for r in (small, tiny))
     of_b = lambda result, last: ", ".join(f"{' / '.join(f'{100 * share:.0f}' for share in result['shares'][name]['B'][-last:])} % of B of {name.split('.')[1]}" for name in WRITERS)
-    return "\n".join(lines) + f"\n\n{sets} held-out generated texts; the rest of the LoRA is its mean over 64 other texts. By gradient: {held['all of it']['questions']} questions on the first texts of these, rate {tiny['rate']}; {100 * tiny['asked before']:.0f} % of them stand word for word in the ten conversations. " \
-        f"Share of the squared numbers that depends on the text: small, last four layers, {of_b(small, 4)}; tiny, last two layers, {of_b(tiny, 2)}."
+    count = lambda title: next(iter(columns[title].values()))["questions"]
+    return "\n".join(lines) + f"\n\n{sets} held-out generated texts; the rest of the LoRA is its mean over 64 other texts. " \
+        + (f"By gradient: {count('tiny: by gradient on 10 conversations')} questions on the first texts of these, rate {tiny['rate']}" if "tiny: by gradient on 10 conversations" in columns else "") \
+        + (f"; {count('questions not asked there')} of them do not stand word for word in the ten conversations" if "questions not asked there" in columns else "") \
+        + f". Share of the squared numbers that depends on the text: small, last four layers, {of_b(small, 4)}; tiny, last two layers, {of_b(tiny, 2)}."
 
 
 def scaling():

@@ -60,27 +60,29 @@ def by_gradient(shine, records, mean, own, rate):
 
 
 def asked_before(records):
-    """Share of the questions that stand with their answer in the record's other conversations, word for word."""
+    """{(record, turn)} of the questions that stand with their answer in the record's other conversations, word for word."""
     pairs = lambda turns: [(q["content"], a["content"]) for q, a in zip(turns[::2], turns[1::2])]
-    hits = [pair in {p for other in r["others"] for p in pairs(other)} for r in records for pair in pairs(r["conversations"])]
-    return round(sum(hits) / len(hits), 4)
+    return {(i, turn) for i, r in enumerate(records) for turn, pair in enumerate(pairs(r["conversations"])) if any(pair in pairs(other) for other in r["others"])}
 
 
 def measure(shine, records, others, gradient, rate):
-    """-> {"parts": {part: exact match}, "by gradient": the same, "shares": ...}; others: texts whose mean LoRA stands in.
+    """-> {"parts": {part: exact match}, "by gradient": the same, "by gradient, not asked before": of these questions, "shares": ...};
+    others: texts whose mean LoRA stands in.
 
     gradient: so many of the records are learnt by gradient.
     """
     elsewhere = shine.generate_lora(others)
-    mean, parts, held, some = mean_row(elsewhere), {}, {}, records[:gradient]
+    mean, parts, held, unmet, some = mean_row(elsewhere), {}, {}, {}, records[:gradient]
+    met = asked_before(some)
     for part, own in PARTS.items():
         rows = evaluate(shine.base, shine.tokenizer, records, part, make_lora=lambda group: mixed(shine.generate_lora([r["context"] for r in group]), mean, own))
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
     for part, own in PARTS.items() if some else ():
-        held[part] = interval(score(shine, some, by_gradient(shine, some, mean, own, rate)), "em")
-        print(f"{part}, by gradient: {held[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "by gradient": held, "asked before": asked_before(some) if some else None, "shares": shares(elsewhere)}
+        rows = score(shine, some, by_gradient(shine, some, mean, own, rate))
+        held[part], unmet[part] = interval(rows, "em"), interval([row for row in rows if (row["record"], row["turn"]) not in met], "em")
+        print(f"{part}, by gradient: {held[part]['mean']:.1f}, not asked before {unmet[part]['mean']:.1f}", flush=True)
+    return {"parts": parts, "by gradient": held, "by gradient, not asked before": unmet, "shares": shares(elsewhere)}
 
 
 def main(argv=None):

@@ -64,7 +64,7 @@ def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine):
     assert not torch.equal(a, b)
     (same,) = where.by_gradient(shine, [record(TEXTS[0])], mean, where.PARTS["none of it"], 1e-2)
     assert torch.equal(same, start)
-    assert where.asked_before([record("x"), record("y") | {"conversations": record("y")["others"][3]}]) == 0.5
+    assert where.asked_before([record("x"), record("y") | {"conversations": record("y")["others"][3]}]) == {(1, 0)}
 
 
 def test_texts_are_grouped_by_their_length():

@@ -1,6 +1,8 @@
 """The claims of the method, and the Python interface the README shows."""
+import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from conftest import close
 from data import Examples, collate
 from model import Config, LanguageModel, UserError, cut, lora_size, rope
-from shine import Conversation, LoRA, Shine, ShineConfig, fingerprint
+from shine import Conversation, LoRA, Shine, ShineConfig, absorb, answer_batch, fingerprint, inspect
 from train import save_base
 
 
@@ -115,6 +117,36 @@ def test_four_lines_from_text_to_answer(shine, tmp_path):
     again = LoRA.load(tmp_path / "a.safetensors", shine.base)
     assert all(torch.equal(x, y) for a, b in zip(lora, again) for name in a for x, y in zip(a[name], b[name]))
     assert "parrot" not in (tmp_path / "a.safetensors").read_bytes().decode("latin-1")
+
+
+def test_a_lora_for_some_linears_only(base, tokenizer, ids, batch, tmp_path):
+    """It computes what a LoRA for all seven does that is zero elsewhere; it is saved, exported and trained as it is."""
+    modules, seven = "o_proj,down_proj", ShineConfig(r=3)
+    config = replace(seven, r=6, target_modules=modules, scale=0.05)
+    shine = Shine(base, tokenizer, config)
+    assert shine.M == 6 * ((32 + 32) + (64 + 32)) // 32 and Shine(base, tokenizer, seven).M == 3 * (64 + 48 + 48 + 64 + 96 * 3) // 32
+    lora = shine.generate_lora("Mara has a parrot.")
+    assert list(lora[0]) == ["self_attn.o_proj", "mlp.down_proj"]
+    whole = cut(torch.zeros(1, 2, lora_size(base.config, 6)), base.config, 6)
+    assert close(base(ids, None, lora), base(ids, None, [a | b for a, b in zip(whole, lora)])) and not close(base(ids, None, lora), base(ids), 1e-3)
+    assert shine.conversation(lora, max_new_tokens=20).ask("Who?") == answer_batch(base, tokenizer, [[("user", "Who?")]], lora, max_new_tokens=20)[0]
+    lora.save(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors", base)
+    assert all(torch.equal(x, y) for a, b in zip(lora, again) for name in a for x, y in zip(a[name], b[name])) and list(again[0]) == list(lora[0])
+    lora.export_peft(tmp_path / "peft", "base")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["target_modules"] == modules.split(",")
+    said = []
+    assert absorb(shine, "Mara.", said.append)[1]["numbers"] == 2 * shine.P and "rank 6 on 2 linears of 2 layers" in said[1]
+    inspect(shine, "Mara.", said.append)
+    assert "o_proj" in said[-3] and "down_proj" in said[-3] and "up_proj" not in said[-3]
+    shine(batch).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in shine.m2p.parameters())
+    shine.save(tmp_path / "m")
+    save_base(base, tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    assert Shine.load(tmp_path / "m", base=base).config.target_modules == modules
+    with pytest.raises(UserError, match="'up' is not one of q_proj"):
+        Shine(base, tokenizer, replace(config, target_modules="o_proj,up"))
 
 
 def test_answer_is_greedy_decoding_with_the_lora_unmerged(shine):
