@@ -6,7 +6,7 @@
     input_ids           (B, S)   int64    the answering pass: the conversation
     attention_mask      (B, S)   int64    0 = padding, else the number of the conversation in its row: they do not see each other
     weights             (B, S)   float32  weight of the loss of predicting input_ids[:, t]; 0 = not counted
-    counted             (K,)     int64    the loss: where the flattened weights[:, 1:] are not 0
+    counted             (K,)     int64    the loss: where the flattened weights[:, 1:] are not 0 (and some where they are, see collate)
 
 One conversation (tokens between bars, the ones that carry loss in capitals); ids and weights come from one call:
 

@@ -618,7 +618,8 @@ class Decoder:
             A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((len(w), 0) if i == 0 else (0, w.shape[1]))
                      for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
             if self.dtype == torch.float32:
-                return self.cut(W + torch.cat([a @ b for a, b in zip(A, B)], 1)), None, None
+                W += torch.cat([a @ b for a, b in zip(A, B)], 1)
+                return self.cut(W), None, None
             return self.cut(W), torch.cat(A, 1).to(self.dtype), torch.block_diag(*B).to(self.dtype)
         # RMSNorm is x w sqrt(n) / sqrt(|x|^2 + n eps): w sqrt(n) at once, and for q the scale of the scores too
         norm = lambda module, *heads, scale=1.0: (module.weight.float() * math.sqrt(len(module.weight)) * scale).to(self.dtype).expand(*heads, -1)

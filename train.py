@@ -515,7 +515,9 @@ def take_up(out, module, optimizers, args, say):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """data.batches as a dataset, from batch `start` on; each worker process of a DataLoader, which asks them in turn, makes its own."""
+    """data.batches as a dataset, from batch `start` on; each worker process of a DataLoader, which asks them in turn, makes its own.
+
+    shapes: `multiple` and `quarters` of data.collate."""
 
     def __init__(self, examples, batch_size, start, rank, world, pool, *shapes):
         self.examples, self.batch_size, self.start, self.ranks, self.pool, self.shapes = examples, batch_size, start, (rank, world), pool, shapes

@@ -34,7 +34,8 @@ GROUPS = {
     "order": [{"order": "pretrain first"}, {"order": "questions only"}],                     # half reconstruction, then half questions
     "recipe": [{"m2p_norm": "yes"}, {"rates": "4e-3 6e-3"}, {"m2p_norm": "yes", "rates": "4e-3 6e-3"},      # the last of these is train.py's for a new one,
                {"m2p_norm": "yes", "rates": "4e-3 6e-3", "order": "gist first"}],                             # here after half of the samples without an M2P
-    "target_modules": [{"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 12, "target_modules": "o_proj,down_proj"}],      # 68 memory tokens instead of 72
+    "target_modules": [{"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 12, "target_modules": "o_proj,down_proj"},      # 68 memory tokens instead of 72
+                       {"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 36, "target_modules": "o_proj"}],                # 72
 }
 
 
