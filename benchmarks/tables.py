@@ -143,6 +143,8 @@ def speed():
                   show=lambda row: f"{row['tokens/s']:,.0f} / {100 * row['of matmul rate']:.0f} %")]
     lines += [line(f"hypernetwork, {key} tokens: samples/s, of the matrix product's rate, GiB at most", "training", key, show=training)
               for key in ("1 x (256 + 256)", "16 x (256 + 256)", "1 x (1024 + 1024)")]
+    saving = lambda row: f"{row['with checkpointing: samples/s']:.3g} / {row['with checkpointing: peak GiB']:.2f}" if "with checkpointing: peak GiB" in row else ""
+    lines += [line(f"the same {key} with `--checkpointing`: samples/s, GiB at most", "training", key, show=saving) for key in ("1 x (256 + 256)", "1 x (1024 + 1024)")]
     lines += [line(f"LoRA from {n} tokens, ms", "text to LoRA", f"1 x {n}", show=milliseconds) for n in (64, 256, 1024, 4096)]
     lines += [line(title + ": first token ms / tokens/s", "answering", key, show=answer) for title, key in (
         ("question of 32 tokens, 64 of an answer, one LoRA", "LoRA, as a conversation does it"), ("the same, layer by layer", "LoRA, layer by layer"),
