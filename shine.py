@@ -75,7 +75,8 @@ class LoRA(list):
         """Write one row as safetensors: layers.<i>.<linear>.lora_A (in, r), .lora_B (r, out); the text itself is not in it."""
         tensors = {f"layers.{i}.{name}.lora_{half}": t[0].detach().cpu().contiguous()
                    for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
-        info = {k: str(v) for k, v in self.row(0).info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
+        info = {k: str(v) for k, v in self.row(0).info.items()} | {
+            "format": "shine-lora-1", "r": str(self.r), "target_modules": ",".join(name.split(".")[1] for name in self[0])}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
     def export_peft(self, folder, base_name):
@@ -125,8 +126,7 @@ class LoRA(list):
         if info.get("base") != fingerprint(base):
             raise UserError(f"{path} was made for another language model ({info.get('base_name') or 'unnamed'}, {info.get('base')}; "
                             f"this one is {fingerprint(base)})")
-        r, there = int(info["r"]) if info.get("r", "").isdigit() else 0, {".".join(key.split(".")[2:-1]) for key in tensors}
-        layout = [linear for linear in lora_layout(base.config) if linear[0] in there] or lora_layout(base.config)
+        r, layout = int(info["r"]) if info.get("r", "").isdigit() else 0, lora_layout(base.config, info.get("target_modules", "all"))
         check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
                                       for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
         device = base.model.norm.weight.device

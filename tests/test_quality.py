@@ -53,7 +53,7 @@ def test_tables_of_the_readme_are_those_of_the_results():
     assert tables.fill(text.replace("| generated texts of 1 to 8 facts, all | 1", "| generated texts of 1 to 8 facts, all | 9")) == text
 
 
-def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine):
+def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine, monkeypatch):
     mean, part = where.mean_row(shine.generate_lora(TEXTS)), where.PARTS["the same B one layer before"]
     start, (a, b) = flatten(mean)[0], where.by_gradient(shine, [record(TEXTS[0]), record(TEXTS[1]) | {"others": record("")["others"][::-1]}], mean, part, 1e-2)
     own = where.mixed(LoRA(map_lora(torch.zeros_like, mean), shine.config.r), map_lora(torch.ones_like, mean), part)
@@ -65,6 +65,10 @@ def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine):
     (same,) = where.by_gradient(shine, [record(TEXTS[0])], mean, where.PARTS["none of it"], 1e-2)
     assert torch.equal(same, start)
     assert where.asked_before([record("x"), record("y") | {"conversations": record("y")["others"][3]}]) == {(1, 0)}
+    marked = [record("x"), record("y") | {"conversations": record("y")["others"][3]}]
+    monkeypatch.setattr(where, "score", lambda *_: [{"record": 0, "turn": 0, "em": 0.0}, {"record": 1, "turn": 0, "em": 1.0}])      # the second was asked before
+    result = where.measure(shine, marked, TEXTS, 2, 1e-2)
+    assert {(held["mean"], unmet["mean"], unmet["questions"]) for held, unmet in zip(result["by gradient"].values(), result["by gradient, not asked before"].values())} == {(50, 0, 1)}
 
 
 def test_texts_are_grouped_by_their_length():
