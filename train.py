@@ -15,8 +15,8 @@
     python train.py --stage pretrain --base Qwen3-8B --preset paper --text DIR      the paper's settings, on its language model
     python train.py --stage pretrain --base qwen3-8b --preset paper --dry-run       what that takes, nothing allocated
 
-What it writes into --out: the model folder that shine.py reads, log.jsonl, and state.safetensors (masters, moments,
-position) for --resume.
+What it writes into --out: the model folder that shine.py reads, log.jsonl, state.safetensors (masters, moments, position) for
+--resume, and the one before it: should the loss rise far above what it was, training goes on from there at half the rates.
 """
 import argparse
 import ctypes
@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shutil
 import string
 import time
 import weakref
@@ -236,22 +237,24 @@ def round_by_chance(x):
     return (bits & ~0xFFFF).view(torch.float32)
 
 
-def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, dtype=torch.float32):
-    """-> (optimizers, {clipping group: parameters}); together exactly what requires grad.
+def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, dtype=torch.float32, read_lr=None):
+    """-> (optimizers, {clipping group: parameters}); together exactly what requires grad. Each group of an optimizer has its peak rate in "peak".
 
     With a muon_lr the matrices of transformer layers are Muon's (ahead of AdamW at equal samples: benchmarks/RUNS.md), AdamW
-    has the rest; weight decay on matrices only. dtype: of Muon's iterations.
+    has the rest, with read_lr (default lr) for what reads: memory embeddings and meta LoRA. Weight decay on matrices only. dtype: of Muon's iterations.
     """
     trained = module.trained()
     matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
     vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}   # no decay
+    reading = set(trained) & {"memory", "meta_lora"}
     pick = lambda names: [p for n, p in trained.items() if n in names]
-    adam = [{"params": pick(vectors), "weight_decay": 0.0},
-            {"params": pick(set(trained) - vectors - (matrix if muon_lr else set())), "weight_decay": weight_decay}]
+    adam = [{"params": pick(kind & part), "weight_decay": decay, "peak": peak}
+            for part, peak in ((reading, read_lr or lr), (set(trained) - reading, lr))
+            for kind, decay in ((vectors, 0.0), (set(trained) - vectors - (matrix if muon_lr else set()), weight_decay))]
     adam = [g for g in adam if g["params"]]
     optimizers = [AdamW16(adam, lr, betas) if moments16 else torch.optim.AdamW(adam, lr=lr, betas=betas, fused=True)]
     if muon_lr and matrix:      # an M2P of no layers has none
-        optimizers.append(Muon(pick(matrix), muon_lr, weight_decay, dtype))
+        optimizers.append(Muon([{"params": pick(matrix), "peak": muon_lr}], muon_lr, weight_decay, dtype))
     clips = {}
     for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own
         clips.setdefault(n if n in ("memory", "meta_lora") else "rest", []).append(p)
@@ -275,6 +278,7 @@ def learning_rate(progress, step, peak, warmup):
     return peak * min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1 - progress)
 
 
+BEFORE = "state.before.safetensors"      # the checkpoint before the last one
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -287,8 +291,10 @@ def save_state(out, module, optimizers, state):
             for key, value in optimizer.state.get(p, {}).items():
                 assert key in MOMENTS, f"the optimizer keeps {key}, which a resumed run would miss"
                 tensors[f"{key}.{name}"] = value
-    write_file(out / "state.safetensors", lambda p: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, p,
-                                                              metadata={"state": json.dumps(state)}))
+    path = out / "state.safetensors"
+    if path.is_file():
+        write_file(out / BEFORE, lambda p: shutil.copyfile(path, p))
+    write_file(path, lambda p: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, p, metadata={"state": json.dumps(state)}))
     write_json(out / "state.json", state)
 
 
@@ -318,6 +324,36 @@ def load_state(out, module, optimizers):
     return state
 
 
+class Watch:
+    """Tells when training has come apart: the mean loss of about the last 100 steps is 30 % (and 0.1) above the lowest it has been.
+
+    Batches differ too much for fewer steps. Of 24 runs (benchmarks/RUNS.md) it finds the one that did, and of the others none rose by 10 %."""
+
+    def __init__(self, steps=100):
+        self.steps, self.seen, self.mean, self.lowest = steps, 0, 0.0, math.inf
+
+    def __call__(self, loss):
+        self.seen += 1
+        self.mean += (loss - self.mean) / min(self.seen, self.steps)
+        if self.seen >= self.steps:
+            self.lowest = min(self.lowest, self.mean)
+        return self.mean > 1.3 * self.lowest + 0.1
+
+
+def go_back(out, module, optimizers, state, watch, rank, world, say):
+    """Weights and moments of the checkpoint before the last one, which may have been ill already, and half the rates; data and clock go on."""
+    before, last = out / BEFORE, out / "state.safetensors"
+    if rank == 0 and before.is_file():
+        before.replace(last)
+    if world > 1:
+        dist.barrier()
+    state["slowed"] = state.get("slowed", 1.0) / 2
+    step = load_state(out, module, optimizers)["step"] if last.is_file() else None
+    say(f"step {state['step']}: the mean loss is {watch.mean:.2f} and was {watch.lowest:.2f}: training has come apart; " +
+        (f"back to the weights of step {step}" if step is not None else "there is no checkpoint to go back to (--save-every)") +
+        f", the rates are now {state['slowed']:g} of what they were to be")
+
+
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -335,6 +371,7 @@ def parse(argv):
     add("--accumulate", type=positive(int), help="passes of one optimizer step")
     add("--lr", type=positive(float), help="peak, of AdamW")
     add("--muon-lr", type=float, help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
+    add("--read-lr", type=positive(float), help="peak, of AdamW for memory embeddings and meta LoRA (default: that of --lr, of a new hypernetwork in the stage pretrain a quarter)")
     add("--warmup", type=int, help="steps")
     add("--weight-decay", type=float)
     add("--clip", type=float, default=1.0, help="gradient norm of each clipping group")
@@ -391,6 +428,8 @@ def parse(argv):
                             "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
         if args.hypernet:
             raise UserError(f"--hypernet {args.hypernet} is for the stages gist, pretrain and finetune: stage base has no hypernetwork")
+        if args.read_lr:
+            raise UserError("--read-lr is for the stages gist, pretrain and finetune: stage base has no memory embeddings and no meta LoRA")
         if args.shard:
             raise UserError("--shard spreads a frozen language model: stages gist, pretrain and finetune")
         args.preset = args.preset or "tiny"
@@ -409,6 +448,8 @@ def parse(argv):
     for name, value in defaults.items():
         if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
             setattr(args, name, value)
+    if args.read_lr is None:      # reading that trains as fast as the rest comes apart in a long run
+        args.read_lr = args.lr / 4 if args.stage == "pretrain" and not args.preset and unit_memory_states(args) else args.lr
     if args.stage == "base" and args.model is None and not args.dry_run and args.preset in QWEN3:
         raise UserError(f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}")
     return args
@@ -668,7 +709,7 @@ def main(argv=None):
                         recall_share=args.recall_share, rival_share=args.rival_share,
                         conversations=args.conversations, mined_share=args.mined_share)
     unseen = Unseen(args, tokenizer)
-    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype)
+    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
     state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
     if args.resume:
         state = take_up(out, module, optimizers, args, say)
@@ -713,6 +754,7 @@ def main(argv=None):
                               "unseen": metrics}) + "\n")
 
     data = loader(examples, args, state["step"] * args.accumulate, rank, world, device)
+    watch = Watch()
     bad, next_eval, next_save, waited = 0, None, None, state.get("waited", 0.0)
     t = started = last = time.perf_counter()
     micro = [next(data) for _ in range(args.accumulate)]
@@ -742,10 +784,9 @@ def main(argv=None):
             break
 
         tokens = world * sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
-        lr = learning_rate(progress, state["step"], args.lr, args.warmup)
-        for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * peak / args.lr
+        lr = learning_rate(progress, state["step"], args.lr, args.warmup) * state.get("slowed", 1.0)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * group["peak"] / args.lr
         report = gradients(step_module, micro, clips, args.clip, world, device, graphs or one_pass)
         t = time.perf_counter()
         micro = [next(data) for _ in range(args.accumulate)]      # the next step's, while a GPU is at work
@@ -761,6 +802,9 @@ def main(argv=None):
             if bad == 5:
                 raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
         module.zero_grad(set_to_none=graphs is None)
+        if bad == 0 and watch(loss):
+            go_back(out, module, optimizers, state, watch, rank, world, say)
+            watch = Watch()
 
         now = time.perf_counter()
         state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens, "waited": waited,

@@ -16,7 +16,7 @@ OUT=$1 DATA=$2 BASE=$3 GIST=$4 PRETRAIN=$5
 shift 5
 ulimit -n "$(ulimit -Hn)"      # every tensor on its way from a worker is an open file
 data=(--text "$DATA/text" --qa "$DATA"/*/train.jsonl --workers "${WORKERS:-12}" --wild-share 0.35 --random-share 0.15 --rival-share 0.3
-      --record-share 0.1 --mined-share 0.25 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 2)
+      --record-share 0.1 --mined-share 0.25 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 2 --save-every 0.5)
 
 stage() {      # name, folder of the run, its options
     local name=$1 out=$2

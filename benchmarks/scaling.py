@@ -73,7 +73,7 @@ def measure(cell, seed, args, data):
     sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes", "target_modules")]
     sizes += ["--m2p-norm" if cell["m2p_norm"] == "yes" else "--no-m2p-norm"]
     lr, muon_lr = cell["rates"].split()
-    common = ["--lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-texts", args.eval_texts, *data]
+    common = ["--lr", lr, "--read-lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],
               "pretrain first": [("pretrain", 0.0, args.steps // 2), ("finetune", 1.0, args.steps // 2)],
               "gist first": [("gist", 0.6, 4 * (args.steps // 2)), ("pretrain", 0.8, args.steps // 2)]}[cell["order"]]      # its batches are of 8

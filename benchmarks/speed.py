@@ -290,11 +290,19 @@ def kernels(size, device, dtype, top=20):
             timed("compiled, CUDA graphs", Graphs(shine))
 
 
+def keep(path, result):
+    """Write the result into the JSON file, where there is one, beside the sizes that are in it already."""
+    if path:
+        write_json(path, (read_json(path) if Path(path).is_file() else {}) | result)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--size", nargs="*", default=[*SHIPPED, "reference", "qwen3-0.6b"], choices=[*SHIPPED, *SIZES])
     parser.add_argument("--quick", action="store_true", help="short lengths and small batches only")
+    parser.add_argument("--lengths", nargs="*", type=int, help="tokens of the texts (64 256 1024 4096; --quick 64 256)")
+    parser.add_argument("--sizes-only", action="store_true", help="no cold start, no growth with length, rank and layers")
     parser.add_argument("--profile", action="store_true", help="only the kernels of a training step, the slowest first")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
@@ -304,26 +312,28 @@ def main(argv=None):
     rate = matmul_rate(dtype, device)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__}
     bandwidth = read_rate(device)
-    lengths = (64, 256) if args.quick else (64, 256, 1024, 4096)
+    lengths = args.lengths or ((64, 256) if args.quick else (64, 256, 1024, 4096))
     for size in args.size:
         big = size in QWEN3
         part = result[size] = {"matmul GFLOP/s": rate / 1e9, "read GB/s": bandwidth / 1e9}
         if big:
-            part["training"] = training(size, device, dtype, [(1, 256, 256)], rate) if not args.quick else {}
+            part["training"] = training(size, device, dtype, [(1, 256, 256)] + [(4, 1024, 1024)] * (device.type == "cuda"), rate) if not args.quick else {}
         else:
             part["base training"] = base_training(size, device, dtype, 16, 256, rate)
-            part["training"] = training(size, device, dtype, [(1, 256, 256), (16, 256, 256)] + [(1, 1024, 1024)] * (size == "reference" and not args.quick), rate)
+            part["training"] = training(size, device, dtype, [(1, 256, 256), (16, 256, 256)] + [(128, 64, 160)] * (device.type == "cuda")
+                                        + [(1, 1024, 1024)] * (size == "reference" and not args.quick), rate)
         shine = build(size, device, dtype if big or device.type == "cuda" else torch.float32).eval()      # as shine.py loads them
         part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
         part["answering"] = answering(shine, lengths[:3] if big else lengths, bandwidth)
         del shine
         print(json.dumps({size: part}, indent=1), flush=True)
-    result["cold start"] = cold_start()
-    if not args.quick:
-        result["growth"] = growth(device, dtype)
+        keep(args.json, result)
+    if not args.sizes_only:
+        result["cold start"] = cold_start()
+        if not args.quick:
+            result["growth"] = growth(device, dtype)
     print(json.dumps({k: v for k, v in result.items() if k not in args.size}, indent=1))
-    if args.json:
-        write_json(args.json, (read_json(args.json) if Path(args.json).is_file() else {}) | result)
+    keep(args.json, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import argparse
 import json
 import operator
 import os
+import random
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from conftest import ROOT, close
 from data import Examples, batches, collate, render
 from model import Config, UserError
 from shine import Shine, ShineConfig
-from train import Base, exact_match, f1_score, learning_rate, make_optimizers, normalize
+from train import Base, Watch, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
 TINY = ROOT / "checkpoints/tiny"
 BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
@@ -122,11 +123,13 @@ def test_recorded_passes_give_the_same_gradients(shine, tokenizer, monkeypatch, 
     mixed = [other(batch, k) for k in range(3) for batch in (first, second)]
     expected = []
     for batch in mixed:
-        expected.append((shine(batch, total), [*torch.autograd.grad(shine(batch, total), shine.trained().values())]))
+        loss = shine(batch, total)
+        expected.append((loss.detach(), [*torch.autograd.grad(loss, shine.trained().values())]))
+    del loss      # its graph would tie the parameters' gradients to the stream it ran on, which a record cannot use
     graphs = train.Graphs(shine)
     where = [p.grad.data_ptr() for p in shine.trained().values()]
     for batch, (loss, gradients) in zip(mixed, expected):
-        assert close(graphs(shine, batch, total), loss.detach())
+        assert close(graphs(shine, batch, total), loss)
         assert all(close(p.grad, g, 1e-4) for p, g in zip(shine.trained().values(), gradients))
         shine.zero_grad(set_to_none=False)
     assert [p.grad.data_ptr() for p in shine.trained().values()] == where and len(graphs.records) == 2
@@ -224,6 +227,41 @@ def test_checkpoints_between_evaluations(folder, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_training_that_comes_apart_goes_back(tmp_path, monkeypatch, capsys):
+    """From the eighth step on the loss is 50 higher: weights and moments of the checkpoint before the last one, half the rates, once."""
+    gradients, go_back, watch, calls, back = train.gradients, train.go_back, train.Watch, [], []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        return gradients(*arguments) + 50 * (len(calls) > 7)
+
+    def noted(out, module, optimizers, *rest):
+        before = load_file(out / train.BEFORE)
+        go_back(out, module, optimizers, *rest)
+        now = {"param." + n: p for n, p in module.trained().items()} | {
+            f"{key}.{n}": value for n, p in module.trained().items() for o in optimizers for key, value in o.state.get(p, {}).items()}
+        back.append(all(torch.equal(before[n], t) for n, t in now.items()))
+    for name, value in (("gradients", spoiled), ("go_back", noted), ("Watch", lambda: watch(3))):
+        monkeypatch.setattr(train, name, value)
+    train.main(BASE + ["--steps", "10", "--eval-every", "10", "--save-every", "2", "--out", str(tmp_path)])
+    assert back == [True] and "back to the weights of step 4" in capsys.readouterr().out
+    rates = [row["lr"] for row in map(json.loads, open(tmp_path / "log.jsonl")) if "lr" in row]
+    expected = [learning_rate(step / 10, step, 1.0, 2) for step in range(10)]
+    assert [round(r / rates[0] / (e / expected[0]), 4) for r, e in zip(rates, expected)] == [1] * 8 + [0.5] * 2
+    assert json.loads((tmp_path / "state.json").read_text())["slowed"] == 0.5
+
+
+def test_a_loss_that_wanders_is_not_one_that_rises():
+    rng, watch = random.Random(0), Watch()
+    assert not any(watch(abs(rng.gauss(1, 1)) + 2 * 0.99 ** i) for i in range(3000))
+
+
+def test_the_run_that_came_apart_is_told_in_time():
+    """The losses of a run on a GPU: sound until about step 1,800, of no text in particular from 1,950 on."""
+    losses, watch = json.loads((ROOT / "benchmarks/results/small/apart.json").read_text())["loss of each of the first 2,200 steps"], Watch()
+    assert 1850 < [watch(loss) for loss in losses].index(True) < 1950
+
+
 def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
     train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--steps", "2", "--out", str(tmp_path)] + BASE[4:])
     same = [load_file(p / "model.safetensors") for p in (folder / "base", folder / "pre", tmp_path)]
@@ -279,10 +317,19 @@ def test_runs_of_different_seeds_are_measured_on_the_same_examples(tokenizer):
 
 
 def test_higher_rates_are_for_memory_states_of_unit_size(folder):
-    rates = lambda *more: operator.attrgetter("lr", "muon_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
-    assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3)
-    assert rates("--no-m2p-norm") == rates("--model", TINY) == rates("--hypernet", TINY) == (1e-3, 2e-3)
-    assert rates("--model", TINY, "--lr", 5e-4) == (5e-4, 2e-3)
+    rates = lambda *more: operator.attrgetter("lr", "muon_lr", "read_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
+    assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3, 1e-3)
+    assert rates("--no-m2p-norm") == rates("--model", TINY) == rates("--hypernet", TINY) == (1e-3, 2e-3, 1e-3)
+    assert rates("--model", TINY, "--lr", 5e-4) == (5e-4, 2e-3, 5e-4) and rates("--lr", 2e-3, "--read-lr", 3e-3) == (2e-3, 6e-3, 3e-3)
+    assert rates("--preset", "paper", "--steps", 1) == (5e-5, 0.0, 5e-5)
+
+
+def test_reading_has_its_own_rate(shine):
+    """Each parameter by the rate of its group: memory embeddings and meta LoRA 1, matrices of the M2P's layers 3, the rest 2."""
+    optimizers, _ = make_optimizers(shine, 2.0, 3.0, 0.01, (0.9, 0.99), read_lr=1.0)
+    peaks = {id(p): group["peak"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in shine.trained().items():
+        assert peaks[id(p)] == (1 if name in ("memory", "meta_lora") else 3 if p.dim() == 2 and "layers." in name else 2), name
 
 
 def test_a_new_language_model_may_take_a_tokenizer_that_is_there(folder, tmp_path):
@@ -365,7 +412,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     shine = Shine.load(folder / "pre")
     with pytest.raises(UserError, match="No space left"):
         train.save_state(tmp_path, shine, [], {})
-    assert (tmp_path / "state.safetensors").read_bytes() == b"older" and [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("state.safetensors", train.BEFORE), b"older")
 
 
 def test_the_speed_benchmarks_formula_agrees_with_torchs_counter():
