@@ -688,6 +688,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if rank == 0 and not args.resume and (out / "state.safetensors").exists():
         raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+    if rank == 0 and not args.resume:
+        with suppress(OSError):
+            (out / BEFORE).unlink()      # another run's
     if args.resume and not (out / "state.safetensors").is_file():
         raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
     if args.cuda_graphs and (device.type != "cuda" or world > 1 or args.checkpointing):

@@ -249,6 +249,10 @@ def test_training_that_comes_apart_goes_back(tmp_path, monkeypatch, capsys):
     expected = [learning_rate(step / 10, step, 1.0, 2) for step in range(10)]
     assert [round(r / rates[0] / (e / expected[0]), 4) for r, e in zip(rates, expected)] == [1] * 8 + [0.5] * 2
     assert json.loads((tmp_path / "state.json").read_text())["slowed"] == 0.5
+    calls.clear()
+    monkeypatch.setattr(train, "go_back", go_back)
+    train.main(BASE + ["--steps", "9", "--eval-every", "9", "--out", str(tmp_path / "none")])
+    assert "there is no checkpoint to go back to (--save-every), the rates are now 0.5 of" in capsys.readouterr().out
 
 
 def test_a_loss_that_wanders_is_not_one_that_rises():
