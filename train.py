@@ -257,7 +257,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, d
         optimizers.append(Muon([{"params": pick(matrix), "peak": muon_lr}], muon_lr, weight_decay, dtype))
     clips = {}
     for n, p in trained.items():      # memory embeddings meet RMSNorm: their gradient is of another size, so a group of its own
-        clips.setdefault(n if n in ("memory", "meta_lora") else "rest", []).append(p)
+        clips.setdefault(n if n in reading else "rest", []).append(p)
     ours = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(ours) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     return optimizers, clips
@@ -283,7 +283,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def save_state(out, module, optimizers, state):
-    """Everything a resumed run needs, in one file that is renamed into place."""
+    """Everything a resumed run needs, in one file that is renamed into place; the one before it stays beside it, for go_back."""
     tensors = {"rng": torch.get_rng_state()}
     for name, p in module.trained().items():
         tensors["param." + name] = p.detach()
@@ -533,10 +533,24 @@ def give_back_memory():
             libc.mallopt(option, 2 ** 18)
 
 
-def open_log(out):
+def refuse(args, out, device, rank, world):
+    """What the folder of the run or the machine does not allow ends here, in one line."""
+    if rank == 0 and not args.resume and (out / "state.safetensors").exists():
+        raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+    if args.resume and not (out / "state.safetensors").is_file():
+        raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
+    if args.cuda_graphs and (device.type != "cuda" or world > 1 or args.checkpointing):
+        raise UserError("--cuda-graphs is for one GPU, without --checkpointing: leave it out")
+    if args.shard and world == 1:
+        raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
+
+
+def open_log(args, out):
     """Make the folder of a run, open its log."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            (out / BEFORE).unlink(missing_ok=True)      # another run's
         return open(out / "log.jsonl", "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
@@ -686,17 +700,7 @@ def main(argv=None):
     say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
     out = Path(args.out or f"runs/{args.stage}")
     torch.manual_seed(args.seed)
-    if rank == 0 and not args.resume and (out / "state.safetensors").exists():
-        raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
-    if rank == 0 and not args.resume:
-        with suppress(OSError):
-            (out / BEFORE).unlink()      # another run's
-    if args.resume and not (out / "state.safetensors").is_file():
-        raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
-    if args.cuda_graphs and (device.type != "cuda" or world > 1 or args.checkpointing):
-        raise UserError("--cuda-graphs is for one GPU, without --checkpointing: leave it out")
-    if args.shard and world == 1:
-        raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
+    refuse(args, out, device, rank, world)
     if args.base and device.type == "cpu":
         give_back_memory()
     texts = read_texts(args.text) if args.text else []
@@ -705,7 +709,7 @@ def main(argv=None):
         args.model = str(out)
         args.base = args.base or read_json(out / "state.json").get("args", {}).get("base")
     module, model, tokenizer, shine = build(args, device, dtype, texts)
-    log = open_log(out) if rank == 0 else None
+    log = open_log(args, out) if rank == 0 else None
     examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
@@ -805,9 +809,6 @@ def main(argv=None):
             if bad == 5:
                 raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
         module.zero_grad(set_to_none=graphs is None)
-        if bad == 0 and watch(loss):
-            go_back(out, module, optimizers, state, watch, rank, world, say)
-            watch = Watch()
 
         now = time.perf_counter()
         state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens, "waited": waited,
@@ -820,6 +821,10 @@ def main(argv=None):
                                   "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
                                   "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
         last = now
+        if bad == 0 and watch(loss):
+            go_back(out, module, optimizers, state, watch, rank, world, say)
+            checkpoint()      # a run that is killed now goes on from here
+            watch = Watch()
     say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}"
         + (f"; it reads, but its M2P did not train: go on with --stage pretrain --model {out}" if args.stage == "gist" else ""))
     if world > 1:

@@ -228,11 +228,14 @@ def test_checkpoints_between_evaluations(folder, tmp_path, monkeypatch):
 
 
 def test_training_that_comes_apart_goes_back(tmp_path, monkeypatch, capsys):
-    """From the eighth step on the loss is 50 higher: weights and moments of the checkpoint before the last one, half the rates, once."""
+    """From the eighth step on the loss is 50 higher: weights and moments of the checkpoint before the last one, half the rates, once;
+    killed in the next step, the run goes on from there."""
     gradients, go_back, watch, calls, back = train.gradients, train.go_back, train.Watch, [], []
 
     def spoiled(*arguments):
         calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
         return gradients(*arguments) + 50 * (len(calls) > 7)
 
     def noted(out, module, optimizers, *rest):
@@ -243,15 +246,18 @@ def test_training_that_comes_apart_goes_back(tmp_path, monkeypatch, capsys):
         back.append(all(torch.equal(before[n], t) for n, t in now.items()))
     for name, value in (("gradients", spoiled), ("go_back", noted), ("Watch", lambda: watch(3))):
         monkeypatch.setattr(train, name, value)
-    train.main(BASE + ["--steps", "10", "--eval-every", "10", "--save-every", "2", "--out", str(tmp_path)])
-    assert back == [True] and "back to the weights of step 4" in capsys.readouterr().out
+    run = BASE + ["--steps", "10", "--eval-every", "10", "--save-every", "3", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        train.main(run)
+    train.main(run + ["--resume"])
+    assert back == [True] and "back to the weights of step 3" in capsys.readouterr().out
     rates = [row["lr"] for row in map(json.loads, open(tmp_path / "log.jsonl")) if "lr" in row]
     expected = [learning_rate(step / 10, step, 1.0, 2) for step in range(10)]
     assert [round(r / rates[0] / (e / expected[0]), 4) for r, e in zip(rates, expected)] == [1] * 8 + [0.5] * 2
     assert json.loads((tmp_path / "state.json").read_text())["slowed"] == 0.5
     calls.clear()
     monkeypatch.setattr(train, "go_back", go_back)
-    train.main(BASE + ["--steps", "9", "--eval-every", "9", "--out", str(tmp_path / "none")])
+    train.main(BASE + ["--steps", "8", "--eval-every", "9", "--out", str(tmp_path / "none")])
     assert "there is no checkpoint to go back to (--save-every), the rates are now 0.5 of" in capsys.readouterr().out
 
 
