@@ -137,25 +137,26 @@ def lora_layout(config, modules="all"):
     return [linear for linear, name in zip(layout, names) if name in wanted]
 
 
-def lora_size(config, r, modules="all"):
-    """P, the numbers a LoRA of rank r has in one layer: r * sum(in + out)."""
-    return r * sum(n_in + n_out for _, n_in, n_out in lora_layout(config, modules))
+def lora_size(config, r, modules="all", halves="AB"):
+    """P, the numbers a LoRA of rank r has in one layer: r * sum(in + out); of its "A" or "B" alone r * sum(in), r * sum(out)."""
+    return r * sum(n_in * ("A" in halves) + n_out * ("B" in halves) for _, n_in, n_out in lora_layout(config, modules))
 
 
-def cut(flat, config, r, modules="all"):
+def cut(flat, config, r, modules="all", halves="AB"):
     """Cut flat parameters into a LoRA; no parameter is involved (paper, section 4).
 
     flat (L, P) or (B, L, P), row-major: for each linear in layout order first A (in, r), then B (r, out).
-    Returns a LoRA: a list over the L layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out).
+    Returns a LoRA: a list over the L layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out). halves "A" or "B": flat holds
+    these alone, and the list is of {name: (A,)} or {name: (B,)}.
     """
     layout, lead = lora_layout(config, modules), flat.shape[:-2]
-    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r, modules)), (flat.shape, r)
-    sizes = [n for _, n_in, n_out in layout for n in (n_in * r, r * n_out)]
+    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r, modules, halves)), (flat.shape, r)
+    shapes = {name: [{"A": (n_in, r), "B": (r, n_out)}[half] for half in halves] for name, n_in, n_out in layout}
+    sizes = [a * b for pair in shapes.values() for a, b in pair]
     lora = []
     for layer in flat.unbind(-2):
         parts = iter(layer.split(sizes, -1))
-        lora.append({name: (next(parts).reshape(*lead, n_in, r), next(parts).reshape(*lead, r, n_out))
-                     for name, n_in, n_out in layout})
+        lora.append({name: tuple(next(parts).reshape(*lead, *shape) for shape in pair) for name, pair in shapes.items()})
     return lora
 
 

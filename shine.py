@@ -53,6 +53,12 @@ class ShineConfig:
     m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
     m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
     target_modules: str = "all"     # the linears that a LoRA is generated for: the paper's seven, or some, "o_proj,down_proj"
+    static_a: bool = False          # A is trained, the same for every text, and B alone generated: more rank from as many memory tokens
+
+    @property
+    def generated(self):
+        """The halves of a LoRA that come from the text; see model.cut."""
+        return "B" if self.static_a else "AB"
 
 
 PUBLISHED = ("metanetwork.pth", "metalora.pth", "mem_tokens.pt")          # the files of a hypernetwork as its authors release it
@@ -134,9 +140,9 @@ class LoRA(list):
         return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
 
 
-def smallest_rank(config, modules="all"):
+def smallest_rank(config, modules="all", halves="AB"):
     """The ranks whose LoRA can be cut out of memory states are its multiples."""
-    return config.hidden_size // math.gcd(config.hidden_size, lora_size(config, 1, modules))
+    return config.hidden_size // math.gcd(config.hidden_size, lora_size(config, 1, modules, halves))
 
 
 def fingerprint(base):
@@ -226,24 +232,27 @@ class Shine(nn.Module):
         self.base_id = fingerprint(base)
         self.reads_only = False            # behind the stage gist: no M2P has trained yet
         c = base.config
-        L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules)
+        L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules, config.generated)
         try:
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes, config.m2p_norm)
         except ValueError as error:
-            fits = smallest_rank(c, config.target_modules)
+            fits = smallest_rank(c, config.target_modules, config.generated)
             hint = "" if config.r % fits == 0 else f" (--rank: a multiple of {fits} fits)"
             raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
+        self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # likewise
         if self.memory.is_meta:
             return
         generator = torch.Generator().manual_seed(seed)
         # zero (the published start) meets RMSNorm with a gradient of 1e5; small and random does not
         self.memory.data.normal_(0, 0.02, generator=generator)
         self.meta_lora.data = self.new_meta_lora(config.meta_r, generator)
+        if config.static_a:
+            self.lora_a.data.normal_(0, math.sqrt(config.scale), generator=generator)       # as large as a generated one at the start
 
     def new_meta_lora(self, meta_r, generator):
         """Flat (L, P) at its start: A normal times sqrt(scale), B zero (section 6)."""
@@ -262,9 +271,36 @@ class Shine(nn.Module):
                 A[:, :old_r], B[:old_r] = old[name]
         self.meta_lora, self.config = nn.Parameter(flat.to(self.meta_lora)), replace(self.config, meta_r=meta_r)
 
+    @torch.no_grad()
+    def retargeted(self, config, texts, seed=0):
+        """A hypernetwork with this one's reading and M2P that generates a LoRA of another rank, for other linears, or of B alone.
+        What its memory tokens say is new, so it has to be trained. UserError where that LoRA takes another number of memory tokens.
+
+        Where A becomes static it starts as this one's mean over `texts` in the ranks whose B is still read at the same place, else at zero.
+        """
+        new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
+        if new.M != self.M:
+            raise UserError(f"such a LoRA is cut out of {new.M} memory tokens, this hypernetwork has {self.M}: "
+                            f"choose a rank of {config.r * self.M / new.M:g}, or train a new one")
+        own = new.trained()
+        for name, p in self.trained().items():
+            if name in own and p.shape == own[name].shape:
+                own[name].data = p.data.clone()
+        if config.static_a and not self.config.static_a:
+            where = [cut(torch.arange(self.P, device=self.device).repeat(base.num_hidden_layers, 1), base, c.r, c.target_modules, c.generated)[0]
+                     for c in (self.config, config)]      # which of the P numbers each A and B is made of
+            lora = self.generate_lora(texts)
+            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A")):
+                for name, (A,) in layer.items():
+                    if name in where[0]:
+                        same = (where[1][name][-1][:, None, 0] == where[0][name][-1][:, 0]).nonzero()      # ranks (new, old) with the same B
+                        A[:, same[:, 0]] = lora[i][name][0].mean(0)[:, same[:, 1]]
+        return new
+
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""
-        return {"memory": self.memory, "meta_lora": self.meta_lora} | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
+        ours = {"memory": self.memory, "meta_lora": self.meta_lora} | ({"lora_a": self.lora_a} if self.config.static_a else {})
+        return ours | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
 
     # ------------------------------------------------------------------------ the two passes
     def read(self, context_ids, mask=None, keep=None):
@@ -277,11 +313,15 @@ class Shine(nn.Module):
 
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
-        flat = self.m2p(memory_states, trace) * math.sqrt(self.config.scale)                 # (B, L, P)
-        return self.cut(flat, {"base": self.base_id, "base_name": self.base.name})
+        c, flat = self.config, self.m2p(memory_states, trace) * math.sqrt(self.config.scale)             # (B, L, P)
+        info = {"base": self.base_id, "base_name": self.base.name}
+        if not c.static_a:
+            return self.cut(flat, info)
+        As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((self.lora_a.to(flat.dtype), "A"), (flat, "B")))
+        return LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info)
 
     def cut(self, flat, info=None):
-        """Flat (B, L, P) -> LoRA of the rank and for the linears that this hypernetwork generates."""
+        """Flat (B, L, A and B) -> LoRA of the rank and for the linears that this hypernetwork generates one for."""
         return LoRA(cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
 
     def generate_lora(self, context, mask=None):
@@ -485,7 +525,8 @@ def inspect(shine, text, say=print):
         def trace(name, x):
             say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1).mean():.3f}  {x.std(2).mean():.3f}")
         lora = shine.to_lora(states, trace)
-        say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into A, B of rank "
+        halves = "B (A is the same for every text)" if shine.config.static_a else "A, B"
+        say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into {halves} of rank "
             f"{shine.config.r}, times sqrt({shine.config.scale})")
         say("5. what the LoRA does: |A B| / |W| and, in brackets, the effective rank of A B\n   layer  "
             + "".join(f"{name.split('.')[1]:>15}" for name in lora[0]))
@@ -535,9 +576,9 @@ def absorb(shine, text, say):
         torch.cuda.synchronize()
     ms = (time.perf_counter() - started) * 1000
     tensors = [t for layer in lora for pair in layer.values() for t in pair]
-    numbers, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors) / 1024
+    numbers, size = shine.P * len(lora), sum(t.nbytes for t in tensors) / 1024
     say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
-    say(f"rank {lora.r} on {len(lora[0])} linears of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
+    say(f"rank {lora.r} on {len(lora[0])} linear{'s' * (len(lora[0]) > 1)} of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
     return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
 
 

@@ -156,8 +156,9 @@ class Gist(nn.Module):
 
     def __init__(self, shine):
         super().__init__()
-        self.shine = shine
-        shine.m2p.requires_grad_(False)
+        self.shine = shine.requires_grad_(False)
+        for p in self.trained().values():
+            p.requires_grad_(True)
 
     def forward(self, batch, total=None):
         return self.shine.gist(batch, total)
@@ -362,7 +363,8 @@ def parse(argv):
         help="stage base: size of a new language model (default tiny); else paper, paper-1qa: the paper's settings")
     add("--model", default=None, help="model folder to start from (default: checkpoints/small on a GPU, checkpoints/tiny on a CPU; stage base: nothing)")
     add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
-    add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model")
+    add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model, or, with "
+        "--rank, --target-modules, --static-a, for another LoRA from as many memory tokens")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -403,6 +405,7 @@ def parse(argv):
     add("--m2p-norm", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): memory states of unit size for the M2P")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
     add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for, all (default) or some, o_proj,down_proj")
+    add("--static-a", action=argparse.BooleanOptionalAction, help="of a new hypernetwork: A of its LoRA is trained and the same for every text, B alone generated")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02, from H = 192 on smaller in proportion)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--save-every", type=positive(float), help="the same between checkpoints without one (default: none)")
@@ -464,10 +467,11 @@ def unit_memory_states(args):
 
 def new_config(args, config):
     """The sizes of a new hypernetwork for a language model: what the flags say, else SIZES."""
-    size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
+    sizes = SIZES | {"rank": 72} if args.static_a else SIZES      # B of down_proj is (r, H): one memory token a rank
+    size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or "all")
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if args.static_a else "all"), bool(args.static_a))
 
 
 def shipped(device):
@@ -504,8 +508,13 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
+        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a}
+        if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v not in (None, getattr(c, k))}):
+            source = Source()
+            shine = shine.retargeted(replace(c, **asked), [source.sample(random.Random(args.seed + i), 1)["context"] for i in range(64)], args.seed)
+            c = shine.config
         for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm),
-                            ("target_modules", c.target_modules)):
+                            ("target_modules", c.target_modules), ("static_a", c.static_a)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
         shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})
@@ -914,7 +923,7 @@ def dry_run(args):
     print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
     print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
           + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
-             f"M2P {m2p:,})" if shine else ""))
+             f"M2P {m2p:,}{', A of the LoRA %s' % format(trained['lora_a'].numel(), ',') if 'lora_a' in trained else ''})" if shine else ""))
     if shine:
         print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")

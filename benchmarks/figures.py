@@ -149,9 +149,12 @@ def scaling():
         found = {v: same for v in values if (same := [c for c in cells if study.SHARED | c["cell"] == study.SHARED | {group: v}])}
         if len(found) > 1:
             groups[group] = dict(sorted(found.items())) if all(isinstance(v, int) for v in found) else found
+    kinds = [study.GROUPS["recipe"][2], *study.GROUPS["target_modules"], *study.GROUPS["static_a"]]      # which LoRA some 72 memory tokens become
+    called = lambda cell: f"{cell.get('target_modules', 'all').replace('_proj', '').replace(',', ', ')}, r\u00a0{cell.get('rank', study.SHARED['rank'])}" + ("\nB\u00a0alone" if "static_a" in cell else "")
+    groups["LoRA"] = {called(kind): same for kind in kinds if (same := [c for c in cells if study.SHARED | c["cell"] == study.SHARED | kind])}
     figure, rows = plt.subplots(2, len(groups), figsize=(2.2 + 2.2 * len(groups), 5), sharey="row", squeeze=False)
     for axis, below, (group, found) in zip(*rows, groups.items()):
-        ticks = [str(v).replace(" ", "\n") for v in found]
+        ticks = [str(v).replace(", ", "\n").replace(" ", "\n") for v in found]
         for key, label, color in (("em", "questions", "#2f80d0"), ("reconstruction", "reconstruction, tokens", "#e08a2e")):
             percent = [[100 * c[key] for c in same] for same in found.values()]
             axis.errorbar(ticks, list(map(statistics.mean, percent)), [statistics.stdev(p) if len(p) > 1 else 0 for p in percent], fmt="o", color=color, ecolor=GREY, label=label)

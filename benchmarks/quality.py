@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Parser, Source, collate, positive, read_conversations, render, run
-from model import flatten, lora_layout, pick_device, write_json
+from model import UserError, flatten, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine
 from train import Peak, evaluate, token_accuracy
 
@@ -200,12 +200,12 @@ def groups(records, rows, sizes):
     return out
 
 
-def measure(shine, records, rates=None):
+def measure(shine, records, rates=None, conditions=tuple(CONDITIONS)):
     """-> {"conditions": {condition: {"em", "f1", "seconds", "groups"}}, "answers": [...]}; with rates the baselines too."""
     result, answers = {}, [{"context": r["context"], "turns": []} for r in records]
     sizes = [len(shine.tokenizer.encode(r["context"].strip())) for r in records]
     flats = {name: flat for kind in rates or () for name, flat in trained(shine, records, kind, rates).items()}
-    for condition in [*CONDITIONS, *flats]:
+    for condition in [*conditions, *flats]:
         started = time.perf_counter()
         rows = score(shine, records, flats[condition]) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
         seconds = time.perf_counter() - started
@@ -247,6 +247,7 @@ def main(argv=None):
     add("--split", choices=("heldout", "train"), default="heldout", help="with --generate: words never used in training, or those used")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
+    add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept")
     add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
     add("--limit", type=positive(int), help="at most so many texts of the set, evenly spread over it")
     add("--model", default=str(DEFAULT_MODEL))
@@ -257,6 +258,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.generate is None):
         parser.error("give --data FILE or --generate N")
+    kept = read_json(args.json) if args.only and args.json and Path(args.json).is_file() else {}
     warnings.filterwarnings("ignore", message="the text is longer")
     device, dtype, why = pick_device(args.device)
     shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
@@ -268,15 +270,19 @@ def main(argv=None):
         records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ())
                    for i in range(args.generate)]
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
+    about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}",
+             "model": Path(args.model).name, "language model": shine.base_id, "machine": why, "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
+    if different := [k for k in ("set", "language model", "texts") if kept.get(k, about[k]) != about[k]]:
+        raise UserError(f"{args.json}: its {different[0]} is {kept[different[0]]}, here it is {about[different[0]]}; without --only it is made anew")
     rates, extra = None, {}
     if args.baselines:
         rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(16)])
         extra = {"learning rates": rates, "F1 by learning rate, 16 other texts": tried, "costs": costs(shine, records[:5], rates)}
-    result = measure(shine, records, rates)
+    result = measure(shine, records, rates, args.only or CONDITIONS)
     answers = result.pop("answers")
-    result |= extra
-    result |= {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}", "model": Path(args.model).name, "machine": why, "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
+    result["conditions"] = {c: r for c, r in kept.get("conditions", {}).items() if c in CONDITIONS} | result["conditions"]
+    result |= extra | about
     if args.generate:
         result["reconstruction token accuracy"] = round(100 * token_accuracy(shine, [r["context"] for r in records[:200]]), 2)
     print(by_condition(result["conditions"]) + "\n\n" + table(result["conditions"]))

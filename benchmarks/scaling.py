@@ -23,7 +23,7 @@ from model import UserError, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {"model": "shipped", "rank": 4, "meta_rank": 24, "m2p_layers": 4, "m2p_axes": "both", "order": "mixed",
-          "m2p_norm": "no", "rates": "1e-3 2e-3", "target_modules": "all"}      # what a group leaves alone; rates: of AdamW and of Muon
+          "m2p_norm": "no", "rates": "1e-3 2e-3", "target_modules": "all", "static_a": "no"}      # what a group leaves alone; rates: of AdamW and of Muon
 GROUPS = {
     "shared": [{}],
     "model": [{"model": "nano"}, {"model": "micro"}, {"model": "tiny"}],                     # language models trained here on equal samples
@@ -36,12 +36,14 @@ GROUPS = {
                {"m2p_norm": "yes", "rates": "4e-3 6e-3", "order": "gist first"}],                             # here after half of the samples without an M2P
     "target_modules": [{"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 12, "target_modules": "o_proj,down_proj"},      # 68 memory tokens instead of 72
                        {"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 36, "target_modules": "o_proj"}],                # 72
+    "static_a": [{"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 36, "target_modules": "o_proj,down_proj", "static_a": "yes"},     # 72, all of them for B
+                 {"m2p_norm": "yes", "rates": "4e-3 6e-3", "rank": 72, "target_modules": "down_proj", "static_a": "yes"}],
 }
 
 
 def name(cell, seed):
-    """A cell's key in the JSON; its oldest know no target modules."""
-    return ", ".join(f"{k} {v}" for k, v in cell.items() if (k, v) != ("target_modules", "all")) + f", seed {seed}"
+    """A cell's key in the JSON; its oldest know no target modules and no static A."""
+    return ", ".join(f"{k} {v}" for k, v in cell.items() if (k, v) not in (("target_modules", "all"), ("static_a", "no"))) + f", seed {seed}"
 
 
 def call(out, *args):
@@ -71,7 +73,7 @@ def measure(cell, seed, args, data):
     shutil.rmtree(args.out / "fresh", ignore_errors=True)
     shutil.copytree(base, args.out / "fresh", ignore=shutil.ignore_patterns("hypernet*", "state*", "log*", "done"))      # without its hypernetwork
     sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes", "target_modules")]
-    sizes += ["--m2p-norm" if cell["m2p_norm"] == "yes" else "--no-m2p-norm"]
+    sizes += [f"--{'' if cell[k] == 'yes' else 'no-'}{k.replace('_', '-')}" for k in ("m2p_norm", "static_a")]
     lr, muon_lr = cell["rates"].split()
     common = ["--lr", lr, "--read-lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],

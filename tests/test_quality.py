@@ -1,10 +1,14 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
+import json
+
+import pytest
 import torch
 
 from benchmarks import quality, tables, where
 from conftest import ROOT, close
-from model import cut, flatten, map_lora
+from model import UserError, cut, flatten, map_lora
 from shine import LoRA
+from train import save_base
 
 TEXTS = ["Mara has a parrot.", "Tom is a baker in Oslo, and he sings."]
 
@@ -44,6 +48,25 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch):
     assert table["in-context"]["prompt tokens"] > table["shine"]["prompt tokens"] and table["question"]["GFLOP to prepare"] == 0
     assert table["sft 10"]["GFLOP to prepare"] > table["sft 1"]["GFLOP to prepare"] > 0 and table["shine"]["GFLOP to prepare"] > 0
     assert table["ttt 30"]["MiB to prepare"] > 0
+
+
+def test_one_condition_anew_keeps_the_others_of_the_same_texts_and_language_model(shine, tmp_path):
+    shine.save(tmp_path / "m")
+    save_base(shine.base, tmp_path / "m")
+    shine.tokenizer.save(tmp_path / "m")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record(t)) for t in TEXTS))
+    out, run = tmp_path / "out.json", ["--data", str(tmp_path / "a.jsonl"), "--model", str(tmp_path / "m"), "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    quality.main(run)
+    whole = json.loads(out.read_text())
+    assert set(whole["conditions"]) == set(quality.CONDITIONS)
+    marked = {c: r | {"seconds": -1} for c, r in whole["conditions"].items()}
+    out.write_text(json.dumps(whole | {"conditions": marked}))
+    quality.main([*run, "--only", "shine"])
+    again = json.loads(out.read_text())["conditions"]
+    assert list(again) == list(marked) and {c: r for c, r in again.items() if c != "shine"} == {c: r for c, r in marked.items() if c != "shine"}
+    assert again["shine"]["seconds"] >= 0 and again["shine"]["em"] == whole["conditions"]["shine"]["em"]
+    with pytest.raises(UserError, match="its texts is 2, here it is 1"):
+        quality.main([*run, "--only", "shine", "--limit", "1"])
 
 
 def test_tables_of_the_readme_are_those_of_the_results():

@@ -232,3 +232,44 @@ def test_a_grown_meta_lora_computes_the_same_and_learns_more(shine, batch):
 def test_examples_reach_the_loss(shine, tokenizer):
     examples = Examples("finetune", tokenizer, 400, 900, max_facts=2)
     assert math.isfinite(shine(collate([examples(0), examples(1)], tokenizer)).item())
+
+
+def test_a_lora_whose_a_is_the_same_for_every_text(base, tokenizer, batch, tmp_path):
+    """B alone is cut out of the memory states: for as many of them more rank. A trains, is saved, and may take over another's reading."""
+    config = ShineConfig(r=16, meta_r=3, target_modules="down_proj", static_a=True, scale=0.05)
+    shine = Shine(base, tokenizer, config)
+    assert shine.M == 16 and shine.P == 16 * 32 and shine.lora_a.shape == (2, 16 * 64)
+    lora = shine.generate_lora(["Mara has a parrot.", "Otto owns a mill and a boat."])
+    A, B = lora[1]["mlp.down_proj"]
+    assert torch.equal(A[0], A[1]) and torch.equal(A[0], shine.lora_a[1].view(64, 16)) and not torch.equal(B[0], B[1])
+    states = shine.read(torch.tensor([[65, 66, 67]]))
+    assert torch.equal(shine.to_lora(states)[0]["mlp.down_proj"][1][0], (shine.m2p(states)[0, 0] * 0.05 ** 0.5).view(16, 32))
+    shine(batch).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in shine.trained().items() if n != "meta_lora") and "lora_a" in shine.trained()
+    one = lora.row(0)
+    one.save(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors", base)
+    assert all(torch.equal(x, y) for a, b in zip(one, again) for name in a for x, y in zip(a[name], b[name]))
+    said = []
+    assert absorb(shine, "Mara.", said.append)[1]["numbers"] == 2 * 16 * 32
+    inspect(shine, "Mara.", said.append)
+    assert any("cut into B (A is the same for every text) of rank 16" in line for line in said)
+    shine.save(tmp_path / "m", torch.float32)
+    save_base(base, tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    loaded = Shine.load(tmp_path / "m", base=base)
+    assert loaded.config == config and torch.equal(loaded.lora_a, shine.lora_a)
+
+    pairs = ShineConfig(r=2, meta_r=3, target_modules="down_proj,gate_proj,up_proj", scale=0.05)       # 2 x 3 x (64 + 32) / 32 = 18 memory tokens
+    old = Shine(base, tokenizer, pairs, seed=3)
+    texts = ["Mara has a parrot.", "Otto owns a mill."]
+    new = old.retargeted(replace(pairs, r=18, target_modules="down_proj", static_a=True), texts)
+    assert torch.equal(new.memory, old.memory) and torch.equal(new.read(torch.tensor([[65, 66]])), old.read(torch.tensor([[65, 66]]))) and new.config.r == 18
+    assert all(torch.equal(p, q) for p, q in zip(new.m2p.parameters(), old.m2p.parameters()))
+    before, after = old.generate_lora(texts)[1]["mlp.down_proj"], new.generate_lora(texts)[1]["mlp.down_proj"]
+    assert torch.equal(after[1][:, 16:], before[1])      # the last two of 18 memory tokens were its B before
+    assert close(after[0][0][:, 16:], before[0].mean(0)) and not after[0][:, :, :16].any()
+    with pytest.raises(UserError, match="out of 9 memory tokens, this hypernetwork has 18: choose a rank of 18"):
+        old.retargeted(replace(pairs, r=9, target_modules="down_proj", static_a=True), texts)
+    with pytest.raises(UserError, match="a multiple of 2 fits"):
+        Shine(base, tokenizer, replace(config, r=3, target_modules="k_proj"))

@@ -364,6 +364,27 @@ def test_a_hypernetwork_made_for_an_earlier_base_is_a_start_on_request(folder, t
         train.main(["--stage", "finetune", "--hypernet", str(folder / "base"), "--out", str(tmp_path / "no")] + moved)
 
 
+def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(folder, tmp_path):
+    sizes = ["--target-modules", "down_proj", "--rank", "6", "--static-a"]
+    for stage, start in (("gist", folder / "base"), ("pretrain", tmp_path / "gist")):
+        train.main(["--stage", stage, "--model", str(start), "--out", str(tmp_path / stage), "--steps", "1"] + (sizes if stage == "gist" else []) + BASE[4:])
+    a, b = (load_file(tmp_path / stage / "hypernet.safetensors") for stage in ("gist", "pretrain"))
+    assert {n.split(".")[0] for n in a if not torch.equal(a[n], b[n])} == {"memory", "meta_lora", "lora_a", "m2p"}
+    assert train.main(["--stage", "pretrain", "--model", str(folder / "base"), "--dry-run", *sizes] + BASE[4:])["trained"] == sum(t.numel() for t in b.values())
+    old = Shine.load(folder / "pre")
+    sizes = ["--target-modules", "down_proj", "--rank", str(old.M), "--static-a"]      # B (r, H): as many ranks as memory tokens
+    run = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "on"), "--steps", "1"]
+    train.main(run + sizes + BASE[4:])
+    new = Shine.load(tmp_path / "on")
+    assert new.config.static_a and new.M == new.config.r == old.M and new.config.target_modules == "down_proj"
+    assert (new.memory - old.memory).abs().max() < 0.02      # one step away
+    with pytest.raises(UserError, match="choose a rank of"):
+        train.main(["--stage", "pretrain", "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "no"), "--steps", "1", "--model", str(folder / "pre"),
+                    "--static-a", "--target-modules", "down_proj", "--rank", "6"] + BASE[4:])
+    with pytest.raises(UserError, match="--static-a True: the hypernetwork in .* has False"):
+        train.main(["--stage", "pretrain", "--model", str(folder / "pre"), "--static-a", "--out", str(tmp_path / "no"), "--steps", "1"] + BASE[4:])
+
+
 def test_a_loss_that_is_not_finite_skips_the_step_and_then_stops_the_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Base, "forward", lambda self, batch, total=None: self.model.loss(batch, total=total) * float("nan"))
     with pytest.raises(UserError, match="lower --lr"):
