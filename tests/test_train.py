@@ -326,11 +326,12 @@ def test_runs_of_different_seeds_are_measured_on_the_same_examples(tokenizer):
     assert one.records == two.records and torch.equal(one.batch["input_ids"], two.batch["input_ids"])
 
 
-def test_higher_rates_are_for_memory_states_of_unit_size(folder):
+def test_higher_rates_are_for_memory_states_of_unit_size(folder, tmp_path):
+    (tmp_path / "hypernet.json").write_text('{"m2p_norm": false}')
     rates = lambda *more: operator.attrgetter("lr", "muon_lr", "read_lr")(train.parse(["--stage", "pretrain", *map(str, more)]))
     assert rates() == rates("--model", folder / "pre") == rates("--model", folder / "base") == (4e-3, 6e-3, 1e-3)
-    assert rates("--no-m2p-norm") == rates("--model", TINY) == rates("--hypernet", TINY) == (1e-3, 2e-3, 1e-3)
-    assert rates("--model", TINY, "--lr", 5e-4) == (5e-4, 2e-3, 5e-4) and rates("--lr", 2e-3, "--read-lr", 3e-3) == (2e-3, 6e-3, 3e-3)
+    assert rates("--no-m2p-norm") == rates("--model", tmp_path) == rates("--hypernet", tmp_path) == (1e-3, 2e-3, 1e-3)
+    assert rates("--model", tmp_path, "--lr", 5e-4) == (5e-4, 2e-3, 5e-4) and rates("--lr", 2e-3, "--read-lr", 3e-3) == (2e-3, 6e-3, 3e-3)
     assert rates("--preset", "paper", "--steps", 1) == (5e-5, 0.0, 5e-5)
 
 
