@@ -280,8 +280,9 @@ class Shine(nn.Module):
         """
         new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
         if new.M != self.M:
+            rank, left = divmod(config.r * self.M, new.M)
             raise UserError(f"such a LoRA is cut out of {new.M} memory tokens, this hypernetwork has {self.M}: "
-                            f"choose a rank of {config.r * self.M / new.M:g}, or train a new one")
+                            + ("" if left else f"choose a rank of {rank}, or ") + "train a new one")
         own = new.trained()
         for name, p in self.trained().items():
             if name in own and p.shape == own[name].shape:

@@ -509,6 +509,8 @@ def build(args, device, dtype, texts):
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
         asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a}
+        if args.static_a and not c.static_a and not args.target_modules:      # as a new one: see new_config
+            asked |= {"r": args.rank or shine.M, "target_modules": "down_proj"}
         if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v not in (None, getattr(c, k))}):
             source = Source()
             shine = shine.retargeted(replace(c, **asked), [source.sample(random.Random(args.seed + i), 1)["context"] for i in range(64)], args.seed)

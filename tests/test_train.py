@@ -373,13 +373,12 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     assert {n.split(".")[0] for n in a if not torch.equal(a[n], b[n])} == {"memory", "meta_lora", "lora_a", "m2p"}
     assert train.main(["--stage", "pretrain", "--model", str(folder / "base"), "--dry-run", *sizes] + BASE[4:])["trained"] == sum(t.numel() for t in b.values())
     old = Shine.load(folder / "pre")
-    sizes = ["--target-modules", "down_proj", "--rank", str(old.M), "--static-a"]      # B (r, H): as many ranks as memory tokens
     run = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "on"), "--steps", "1"]
-    train.main(run + sizes + BASE[4:])
+    train.main(run + ["--static-a"] + BASE[4:])      # B of down_proj (r, H): as many ranks as memory tokens
     new = Shine.load(tmp_path / "on")
     assert new.config.static_a and new.M == new.config.r == old.M and new.config.target_modules == "down_proj"
     assert (new.memory - old.memory).abs().max() < 0.02      # one step away
-    with pytest.raises(UserError, match="choose a rank of"):
+    with pytest.raises(UserError, match=f"choose a rank of {old.M}, or"):
         train.main(["--stage", "pretrain", "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "no"), "--steps", "1", "--model", str(folder / "pre"),
                     "--static-a", "--target-modules", "down_proj", "--rank", "6"] + BASE[4:])
     with pytest.raises(UserError, match="--static-a True: the hypernetwork in .* has False"):
