@@ -318,7 +318,8 @@ class Shine(nn.Module):
         info = {"base": self.base_id, "base_name": self.base.name}
         if not c.static_a:
             return self.cut(flat, info)
-        As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((self.lora_a.to(flat.dtype), "A"), (flat, "B")))
+        static = self.lora_a if torch.is_grad_enabled() else self.lora_a.detach()       # a view of a parameter requires grad even under no_grad
+        As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((static.to(flat.dtype), "A"), (flat, "B")))
         return LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info)
 
     def cut(self, flat, info=None):

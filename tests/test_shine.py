@@ -9,7 +9,7 @@ import torch
 
 from conftest import close
 from data import Examples, collate
-from model import Config, LanguageModel, UserError, cut, lora_size, rope
+from model import Config, LanguageModel, UserError, cut, flatten, lora_size, rope
 from shine import Conversation, LoRA, Shine, ShineConfig, absorb, answer_batch, fingerprint, inspect
 from train import save_base
 
@@ -241,6 +241,7 @@ def test_a_lora_whose_a_is_the_same_for_every_text(base, tokenizer, batch, tmp_p
     assert shine.M == 16 and shine.P == 16 * 32 and shine.lora_a.shape == (2, 16 * 64)
     lora = shine.generate_lora(["Mara has a parrot.", "Otto owns a mill and a boat."])
     A, B = lora[1]["mlp.down_proj"]
+    assert not flatten(lora).requires_grad
     assert torch.equal(A[0], A[1]) and torch.equal(A[0], shine.lora_a[1].view(64, 16)) and not torch.equal(B[0], B[1])
     states = shine.read(torch.tensor([[65, 66, 67]]))
     assert torch.equal(shine.to_lora(states)[0]["mlp.down_proj"][1][0], (shine.m2p(states)[0, 0] * 0.05 ** 0.5).view(16, 32))
