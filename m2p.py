@@ -10,7 +10,7 @@
      layers 1, 3, ..: x attends over its row    (the M axis: between the memory tokens of one depth)
 
 The output needs no head: row i, (M, H), is read as one flat vector of M * H numbers, which are the P numbers of layer
-i's LoRA (model.cut cuts them into A and B). So M * H = P = r * sum(in + out), which fixes M.
+i's LoRA (model.cut cuts them into A and B). So M * H = P = r * sum(in + out), which fixes M. (Where B alone is generated, r * sum(out).)
 The names of the parameters are those of the published code, whose checkpoints therefore load by name.
 """
 from functools import partial

@@ -7,7 +7,8 @@
             |                                                      ^
     memory states (B, L, M, H) -> M2P (section 4) -> cut into A, B |
 
-What trains: memory embeddings, meta LoRA, M2P. Nothing else; the language model is the same frozen one in both passes.
+What trains: memory embeddings, meta LoRA, M2P (and A, where ShineConfig.static_a generates B alone). Nothing else; the language model is
+the same frozen one in both passes.
 
     python shine.py "Mara keeps a green parrot called Biscuit in the lighthouse." --chat
     python shine.py --file notes.txt --ask "Who came?" --ask "When?" --save notes.safetensors
@@ -53,7 +54,7 @@ class ShineConfig:
     m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
     m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
     target_modules: str = "all"     # the linears that a LoRA is generated for: the paper's seven, or some, "o_proj,down_proj"
-    static_a: bool = False          # A is trained, the same for every text, and B alone generated: more rank from as many memory tokens
+    static_a: bool = False          # A is trained, the same for every text, and B alone generated (not in the paper): more rank from as many memory tokens
 
     @property
     def generated(self):
@@ -244,7 +245,7 @@ class Shine(nn.Module):
             raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
-        self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # likewise
+        self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
         if self.memory.is_meta:
             return
         generator = torch.Generator().manual_seed(seed)
@@ -277,6 +278,7 @@ class Shine(nn.Module):
         What its memory tokens say is new, so it has to be trained. UserError where that LoRA takes another number of memory tokens.
 
         Where A becomes static it starts as this one's mean over `texts` in the ranks whose B is still read at the same place, else at zero.
+        (Not in the paper; benchmarks/RUNS.md, "B alone".)
         """
         new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
         if new.M != self.M:

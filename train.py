@@ -5,6 +5,7 @@
     gist       as pretrain, and questions; no LoRA: the          memory embeddings, meta LoRA       the base of --model
                conversation sees the memory tokens themselves
     pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base or hypernetwork of --model
+                                                                 (with --static-a: A of the LoRA)
     finetune   questions about a text                            the same                           the hypernetwork of --model,
                                                                                                     a new one where there is none
 
@@ -398,13 +399,13 @@ def parse(argv):
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
-    add("--rank", type=positive(int), help="r of a new hypernetwork (default 4)")
+    add("--rank", type=positive(int), help="r of a new hypernetwork (default 4, with --static-a 72)")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
     add("--m2p-norm", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): memory states of unit size for the M2P")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
-    add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for, all (default) or some, o_proj,down_proj")
+    add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for, all (default; with --static-a down_proj) or some, o_proj,down_proj")
     add("--static-a", action=argparse.BooleanOptionalAction, help="of a new hypernetwork: A of its LoRA is trained and the same for every text, B alone generated")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02, from H = 192 on smaller in proportion)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")

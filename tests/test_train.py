@@ -446,12 +446,13 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("state.safetensors", train.BEFORE), b"older")
 
 
-def test_the_speed_benchmarks_formula_agrees_with_torchs_counter():
+@pytest.mark.parametrize("size", ["reference", "tiny"])      # a LoRA for seven linears; B alone for one
+def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.speed import SIZES, batch_of, build, flops
-    config, hyper = SIZES["reference"]
-    shine, batch = build("reference", torch.device("cpu"), torch.float32), batch_of(2, 64, 48, config.vocab_size, "cpu")
+    from benchmarks.speed import batch_of, build, flops
+    shine = build(size, torch.device("cpu"), torch.float32)
+    config, hyper, batch = shine.base.config, shine.config, batch_of(2, 64, 48, shine.base.config.vocab_size, "cpu")
     with FlopCounterMode(display=False) as counter:
         shine(batch).backward()
     assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counter.get_total_flops(), rel=0.05)
