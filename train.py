@@ -4,8 +4,9 @@
     base       conversations with the text in the prompt, text   the language model                 nothing, or --model
     gist       as pretrain, and questions; no LoRA: the          memory embeddings, meta LoRA       the base of --model
                conversation sees the memory tokens themselves
-    pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P  the base or hypernetwork of --model
-                                                                 (with --static-a: A of the LoRA)
+    pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P, the base or hypernetwork of --model
+                                                                 A of the LoRA (not with
+                                                                 --no-static-a, as in the paper)
     finetune   questions about a text                            the same                           the hypernetwork of --model,
                                                                                                     a new one where there is none
 
@@ -61,8 +62,8 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
 }
 COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
               rival_share=0.25, mined_share=0.15)
-SIZES = dict(rank=4, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
-PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
+SIZES = dict(rank=72, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
+PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0)                        # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
@@ -399,14 +400,14 @@ def parse(argv):
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
-    add("--rank", type=positive(int), help="r of a new hypernetwork (default 4, with --static-a 72)")
+    add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4)")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
     add("--m2p-norm", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): memory states of unit size for the M2P")
     add("--m2p-heads", type=positive(int), help="of a published hypernetwork in --model, whose files do not tell it")
-    add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for, all (default; with --static-a down_proj) or some, o_proj,down_proj")
-    add("--static-a", action=argparse.BooleanOptionalAction, help="of a new hypernetwork: A of its LoRA is trained and the same for every text, B alone generated")
+    add("--target-modules", metavar="NAMES", help="of a new hypernetwork: the linears it generates a LoRA for: down_proj (default), some, o_proj,down_proj, or all (default with --no-static-a)")
+    add("--static-a", action=argparse.BooleanOptionalAction, help="of a new hypernetwork (default: yes): A of its LoRA is trained and the same for every text, B alone generated; no: both are, as in the paper")
     add("--scale", type=positive(float), help="of a new hypernetwork (default: 0.02, from H = 192 on smaller in proportion)")
     add("--eval-every", type=positive(float), default=5, help="minutes (steps with --steps) between evaluations and checkpoints")
     add("--save-every", type=positive(float), help="the same between checkpoints without one (default: none)")
@@ -468,11 +469,12 @@ def unit_memory_states(args):
 
 def new_config(args, config):
     """The sizes of a new hypernetwork for a language model: what the flags say, else SIZES."""
-    sizes = SIZES | {"rank": 72} if args.static_a else SIZES      # B of down_proj is (r, H): one memory token a rank
+    static_a = args.static_a is not False
+    sizes = SIZES if static_a else SIZES | {"rank": 4}      # as many memory tokens: B of down_proj is (r, H), one a rank
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if args.static_a else "all"), bool(args.static_a))
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a)
 
 
 def shipped(device):

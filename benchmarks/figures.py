@@ -182,9 +182,12 @@ def keep(logs, result):
 
 
 def keep_whole(logs):
-    """The same for results/small/from_nothing.json, with what each stage took and its loss, about 60 means over the run."""
-    stages = {}
+    """The same for results/small/from_nothing.json, with what each stage took and its loss, about 60 means over the run. A NAME without a RUN stays as it is there."""
+    stages, result = {}, RESULTS / MODEL / "from_nothing.json"
     for name, _, path in (log.partition("=") for log in logs):
+        if not path:
+            stages[name] = json.loads(result.read_text(encoding="utf-8"))[name]
+            continue
         lines = [json.loads(line) for line in (Path(path) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         head, steps = lines[0], list({line["step"]: line for line in lines if "tokens" in line}.values())      # after a resumed run each step once
         every = max(1, len(steps) // 60)
@@ -192,7 +195,7 @@ def keep_whole(logs):
                         "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],
                         "losses": [(round(part[-1]["seconds"] / 60, 3), round(statistics.mean(s["loss"] for s in part), 4)) for i in range(0, len(steps), every) if (part := steps[i:i + every])],
                         "evaluations": [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]}
-    write_json(RESULTS / MODEL / "from_nothing.json", stages)
+    write_json(result, stages)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # From nothing to chat on one GPU: language model, reading, hypernetwork, each for its minutes. Started again after an
 # interruption it goes on at the last checkpoint.
 #
-#   benchmarks/from_nothing.sh OUT DATA BASE GIST PRETRAIN [more options of every stage]      the last three in minutes
+#   benchmarks/from_nothing.sh OUT DATA BASE GIST PRETRAIN [more options of every stage]      the last three in minutes; GIST may be 0
 #
 # DATA holds text/ (plain text, .txt or .txt.xz) and */train.jsonl (conversations). Variables: PRESET (small), STAGES (of "base gist
 # pretrain", those to run now), TOKENIZER (folder whose tokenizer is taken), BASE_BATCH, GIST_BATCH, BATCH, WORKERS.
@@ -15,8 +15,8 @@ cd "$(dirname "$0")/.."
 OUT=$1 DATA=$2 BASE=$3 GIST=$4 PRETRAIN=$5
 shift 5
 ulimit -n "$(ulimit -Hn)"      # every tensor on its way from a worker is an open file
-data=(--text "$DATA/text" --qa "$DATA"/*/train.jsonl --workers "${WORKERS:-12}" --wild-share 0.35 --random-share 0.15 --rival-share 0.3
-      --record-share 0.1 --mined-share 0.25 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 2 --save-every 0.5)
+data=(--text "$DATA/text" --qa "$DATA"/*/train.jsonl --workers "${WORKERS:-14}" --wild-share 0.35 --random-share 0.15 --rival-share 0.3
+      --record-share 0.1 --mined-share 0.25 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 4 --save-every 0.5)
 
 stage() {      # name, folder of the run, its options
     local name=$1 out=$2
@@ -29,8 +29,10 @@ stage() {      # name, folder of the run, its options
 
 stage base "$OUT/base" --preset "${PRESET:-small}" ${TOKENIZER:+--tokenizer "$TOKENIZER"} --minutes "$BASE" --batch "${BASE_BATCH:-256}" \
     --warmup 200 --curriculum 60000 --copy-share 0.15 --plain-share 0.15 "$@"
-hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 3e-3)
+hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 2.5e-3 --weight-decay 0.05)
 eager=()      # the stage gist is not compiled
 for option in "$@"; do [[ $option == --compile ]] || eager+=("$option"); done
-stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
-stage pretrain "$OUT/pretrain" --model "$OUT/gist" --minutes "$PRETRAIN" --warmup 200 --muon-lr 5e-3 --batch "${BATCH:-128}" "${hyper[@]}" "$@"
+start=$OUT/base
+[[ $GIST == 0 ]] || start=$OUT/gist
+[[ $GIST == 0 ]] || stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
+stage pretrain "$OUT/pretrain" --model "$start" --minutes "$PRETRAIN" --warmup 200 --muon-lr 4.5e-3 --batch "${BATCH:-64}" "${hyper[@]}" "$@"

@@ -280,14 +280,11 @@ def kernels(size, device, dtype, top=20):
     print(f"{sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
     print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]), flush=True)
     if cuda:
-        small = size not in QWEN3      # large kernels keep the host waiting as it is
-        if small:
-            timed("CUDA graphs", Graphs(shine))
-            optimizer.zero_grad(set_to_none=True)
+        timed("CUDA graphs", Graphs(shine))
+        optimizer.zero_grad(set_to_none=True)
         compile_layers(shine.base, shine)
         timed("compiled")
-        if small:
-            timed("compiled, CUDA graphs", Graphs(shine))
+        timed("compiled, CUDA graphs", Graphs(shine))
 
 
 def keep(path, result):
@@ -309,7 +306,7 @@ def main(argv=None):
     device, dtype, why = pick_device(args.device)
     if args.profile:
         return [kernels(size, device, dtype) for size in args.size if size not in QWEN3 or device.type == "cuda"]
-    rate = matmul_rate(dtype, device)
+    rate = matmul_rate(dtype, device, 8192 if device.type == "cuda" else 2048)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {why}", "torch": torch.__version__}
     bandwidth = read_rate(device)
     lengths = args.lengths or ((64, 256) if args.quick else (64, 256, 1024, 4096))

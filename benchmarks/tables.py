@@ -158,20 +158,35 @@ def speed():
         + (f" Milliseconds of text -> LoRA grow with these powers (reference): {grows}." if grows else "")
 
 
+def speed_gpu():
+    result = read("speed_gpu")
+    sizes = [name for name in ("small", "qwen3-0.6b") if name in result]
+    line = lambda title, show: f"| {title} | " + " | ".join(show(result[size]) for size in sizes) + " |"
+    step = lambda key: lambda part: f"{1000 * part['training'][key]['seconds']:,.0f} / {part['training'][key]['peak GiB']:.1f}" if key in part["training"] else ""
+    answer = lambda key: lambda part: f"{part['answering'][key]['first token ms']:.0f} / {part['answering'][key]['tokens/s']:,.0f} / {100 * part['answering'][key]['of the bandwidth']:.0f} %"
+    lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    lines += [line(f"training step of the hypernetwork, {key} tokens: ms / GiB at most", step(key)) for key in ("1 x (256 + 256)", "128 x (64 + 160)", "4 x (1024 + 1024)")]
+    lines += [line(f"LoRA from {title} tokens, ms", lambda part, key=key: f"{part['text to LoRA'][key]['ms']:.0f}")
+              for title, key in (("64", "1 x 64"), ("1,024", "1 x 1024"), ("16 x 1,024", "16 x 1024"))]
+    lines += [line(f"{title}: first token ms / tokens/s / bytes of the weights a second, of what the GPU reads", answer(key)) for title, key in (
+        ("question of 32 tokens, one LoRA, a CUDA graph a token", "LoRA, as a conversation does it"), ("layer by layer", "LoRA, layer by layer"),
+        ("behind 1,024 tokens of text, a CUDA graph a token", "text of 1024 tokens in the prompt"))]
+    return "\n".join(lines) + f"\n\nOne H100, {result['machine'].split(', ', 3)[-1]}, torch {result['torch']}; not compiled, medians. It reads {result[sizes[0]]['read GB/s']:,.0f} GB/s."
+
+
 def where():
-    small, tiny = (read(f"{model}/where") for model in MODELS)
-    columns = {"small: SHINE, exact match": small["parts"], "tiny: SHINE, exact match": tiny["parts"], "tiny: by gradient on 10 conversations": tiny.get("by gradient"),
-               "questions not asked there": tiny.get("by gradient, not asked before")}      # none with --gradient 0
-    columns = {title: ems for title, ems in columns.items() if ems}
+    """Of the weights that ship (B alone is the text's), then of hypernetworks from before that made A and B of seven linears, where_pairs."""
+    (small, tiny), (small_pairs, tiny_pairs) = ([read(f"{model}/{name}") for model in MODELS] for name in ("where", "where_pairs"))
+    columns = {"small": small["parts"], "tiny": tiny["parts"], "A and B of seven linears: small before": small_pairs["parts"], "tiny before": tiny_pairs["parts"],
+               "tiny before, by gradient on 10 conversations": tiny_pairs["by gradient"]}
     lines = ["| what is the text's own | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"] \
         + ["| " + " | ".join([part, *(cell(ems[part]) if part in ems else "" for ems in columns.values())]) + " |" for part in small["parts"]]
-    sets = " and ".join(f"{r['texts']} ({r['parts']['all of it']['questions']} questions)" for r in (small, tiny))
-    of_b = lambda result, last: ", ".join(f"{' / '.join(f'{100 * share:.0f}' for share in result['shares'][name]['B'][-last:])} % of B of {name.split('.')[1]}" for name in WRITERS)
-    count = lambda title: next(iter(columns[title].values()))["questions"]
-    return "\n".join(lines) + f"\n\n{sets} held-out generated texts; the rest of the LoRA is its mean over 64 other texts. " \
-        + (f"By gradient: {count('tiny: by gradient on 10 conversations')} questions on the first texts of these, rate {tiny['rate']}" if "tiny: by gradient on 10 conversations" in columns else "") \
-        + (f"; {count('questions not asked there')} of them do not stand word for word in the ten conversations" if "questions not asked there" in columns else "") \
-        + f". Share of the squared numbers that depends on the text: small, last four layers, {of_b(small, 4)}; tiny, last two layers, {of_b(tiny, 2)}."
+    counts = [f"{next(iter(ems.values()))['questions']}" for ems in columns.values()]
+    share = lambda result, last, name="mlp.down_proj": " / ".join(f"{100 * share:.0f}" for share in result["shares"][name]["B"][-last:])
+    pairs = lambda result, last: ", ".join(f"{share(result, last, name)} % of B of {name.split('.')[1]}" for name in WRITERS)
+    return "\n".join(lines) + f"\n\nHeld-out generated texts, {', '.join(counts[:-1])} and {counts[-1]} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: rate {tiny_pairs['rate']}. " \
+        f"Share of the squared numbers that depends on the text: small, all layers, {share(small, 99)} % of B; tiny, {share(tiny, 99)} %; small before, last four layers, {pairs(small_pairs, 4)}; " \
+        f"tiny before, last two, {pairs(tiny_pairs, 2)}."
 
 
 def scaling():

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A base of four steps, and a hypernetwork of two on top."""
     out = tmp_path_factory.mktemp("run")
     train.main(BASE + ["--steps", "4", "--eval-every", "2", "--out", str(out / "base")])
-    train.main(["--stage", "pretrain", "--model", str(out / "base"), "--steps", "2", "--out", str(out / "pre"), "--rank", "2"] + BASE[4:])
+    train.main(["--stage", "pretrain", "--model", str(out / "base"), "--steps", "2", "--out", str(out / "pre"), "--no-static-a", "--rank", "2"] + BASE[4:])
     return out
 
 
@@ -286,7 +286,7 @@ def test_stages_follow_each_other_and_leave_the_base_alone(folder, tmp_path):
 
 
 def test_gisting_first_then_the_rest(folder, tmp_path, capsys, monkeypatch):
-    more = ["--rank", "2", "--steps", "2"] + BASE[4:]
+    more = ["--no-static-a", "--rank", "2", "--steps", "2"] + BASE[4:]
     with monkeypatch.context() as patch:
         patch.setattr(Shine, "generate_lora", None)                     # neither trained nor scored through a LoRA
         train.main(["--stage", "gist", "--model", str(folder / "base"), "--out", str(tmp_path / "gist")] + more)
@@ -317,6 +317,12 @@ def test_scale_of_a_new_hypernetwork_falls_with_the_width_from_192_on():
     """In proportion below it too, scale was 0.06 at H = 64: a LoRA so large that nothing was learnt."""
     scale = lambda H: train.new_config(train.parse(["--stage", "pretrain"]), Config(hidden_size=H)).scale
     assert [scale(H) for H in (64, 192, 384, 4096)] == pytest.approx([0.02, 0.02, 0.01, 0.0009375], rel=1e-3)
+
+
+def test_a_new_hypernetwork_generates_b_alone_unless_it_is_to_be_as_in_the_paper():
+    kind = lambda *more: (lambda c: (c.static_a, c.r, c.target_modules))(train.new_config(train.parse(["--stage", "pretrain", "--steps", "1", *more]), Config(hidden_size=192)))
+    assert kind() == (True, 72, "down_proj") and kind("--no-static-a") == (False, 4, "all")
+    assert kind("--preset", "paper") == (False, 8, "all") and kind("--rank", "6", "--target-modules", "o_proj") == (True, 6, "o_proj")
 
 
 def test_runs_of_different_seeds_are_measured_on_the_same_examples(tokenizer):
@@ -366,7 +372,7 @@ def test_a_hypernetwork_made_for_an_earlier_base_is_a_start_on_request(folder, t
 
 
 def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(folder, tmp_path):
-    sizes = ["--target-modules", "down_proj", "--rank", "6", "--static-a"]
+    sizes = ["--rank", "6"]      # the rest is what new hypernetworks are
     for stage, start in (("gist", folder / "base"), ("pretrain", tmp_path / "gist")):
         train.main(["--stage", stage, "--model", str(start), "--out", str(tmp_path / stage), "--steps", "1"] + (sizes if stage == "gist" else []) + BASE[4:])
     a, b = (load_file(tmp_path / stage / "hypernet.safetensors") for stage in ("gist", "pretrain"))
