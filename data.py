@@ -841,7 +841,8 @@ class Miner:
     words = lambda text: frozenset(text.split())      # noqa: E731
     PRONOUNS = words("i we you he she it they")
     ARTICLES = words("a an the his her my our their its your some all many no")
-    NUMBERS = words("two three four five six seven eight nine ten eleven twelve twenty fifty")
+    NUMBERS = words("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty "
+                    "forty fifty sixty seventy eighty ninety hundred")
     COMMON = PRONOUNS | ARTICLES | NUMBERS | words(          # what a capital at the start of a sentence does not make a name
         """after although and another are as at because before both but by can could did do does during each every few for from had has have
         here how if in is just last let may more most much never next nobody not now of oh on once one only or perhaps she should since so such
@@ -857,24 +858,44 @@ class Miner:
     TIMES = words("morning afternoon evening night day week month year time moment hour minute winter summer spring autumn while end way")
     PLACES = {"in": "", "at": ""} | {p: p + " " for p in ("on", "under", "near", "behind", "beside", "inside")}      # what of them the answer repeats
     GOING = words("go come walk run fly move travel ride drive sail hurry climb swim jump fall")
+    MODALS = "can|could|will|would|must|should|may|might"
+    PARTICIPLES = words("""beaten bitten born broken brought bought built burnt caught chosen cut done drawn driven eaten felt forgotten found frozen given grown heard held hidden kept
+        known left lent lost made paid put read said seen sent shown sold spent stolen taken taught told thrown torn won worn written""")
+    UNITS = words("second seconds minute minutes hour hours day days night nights week weeks month months year years")
+    CALENDAR = words("""Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September October November December
+        spring summer autumn winter morning afternoon evening night midnight noon Christmas Easter weekend""")
+    PRICED = {"cost": "How much", "weigh": "How much", "take": "How long", "last": "How long"}      # what asks for the number behind these verbs
+    ANIMATE = ("being", "job", "animal", "role", "relation", "expert")      # lists of assets/words whose last words are somebody, not something
+    SOMEBODY = words("""man woman boy girl child children people men women lady gentleman baby prince princess queen king giant witch wizard fairy dwarf elf troll dragon puppy kitten hen
+        cock bird lion tiger bear monkey snake crow soldier captain sailor servant miller hunter thief robber stranger guest mayor lord knight merchant beggar shepherd tailor cook
+        grandfather grandmother grandma grandpa mum dad mother father parents aunt uncle twin son daughter boss owner student pupil
+        mummy daddy mommy""")
+    THINGS_CALLED = words("village town city river lake island mountain country ship boat spaceship planet moon star house street farm school castle forest band club")
     del words
 
-    NAME = r"[A-Z][a-z]+(?: [A-Z][a-z]+)*"
+    NAME = r"(?:(?:Mr|Mrs|Dr|St)\. )?[A-Z][a-z]+(?: [A-Z][a-z]+)*"
     ARTICLE = r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Ii]ts|[Yy]our|[Ss]ome)"
     PREPOSITION = "(?:" + "|".join(sorted(PREPOSITIONS)) + ")"
     START = (r"^(?:(?P<lead>(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By)\b[^,.;:!?]{2,30}(?=,)|Yesterday|Today|Tomorrow),? |"
              r"(?:Then|So|But|And|Soon|Once|Now|At last|Finally|Suddenly|However),? )?"
-             rf"(?P<subject>{NAME}|{ARTICLE}(?: [a-z-]+){{1,3}}?|He|She|They|We|I|It|he|she|they|we|it) ")
+             rf"(?P<subject>{NAME}|{ARTICLE}(?: [a-z-]+){{1,3}}?(?: {NAME})?|He|She|They|We|I|It|he|she|they|we|it) ")
     STOP = re.compile(rf" (?:{CLAUSES})\b|[.;!?:,\"(]| --")
     THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,]*)(?: [\w'-]+){{1,4}}|{NAME}")
+    SPLIT = re.compile(r"[,;] (?:and|but|so|for) |[,;] (?=(?:when|while|because|where) )|(?<=[a-z]) (?:when|while|because) |; ")
     NAMED = re.compile(rf"\b{ARTICLE}(?: [a-z-]+){{0,2}}? (?P<kind>[a-z-]+),? (?:who was |which was |whose name was )?(?:named|called) (?P<name>{NAME})")
-    IS = re.compile(START + r"(?P<verb>was|were|is|are) (?P<rest>[^.;!?:]*)")
+    APPOSED = re.compile(rf"\b(?P<before>{ARTICLE}(?: [a-z-]+)?? )?(?P<kind>[a-z-]+)(?: (?P<name>{NAME})|, (?P<aside>{NAME}),)")
+    EPITHET = re.compile(rf"(?<=[a-z,] )(?P<name>{NAME}) (?P<kind>the [a-z-]+)(?=[ ,.;])")
+    IS = re.compile(START + rf"(?P<verb>was|were|is|are|(?:{MODALS}) be|ha[sd] been|have been) (?P<rest>[^.;!?:]*)")
+    THERE = re.compile(rf"^(?:In (?P<lead>[^,.;:!?]{{2,30}}),? )?[Tt]here (?P<verb>was|were|is|are) (?P<rest>[^.;!?:]*)")
 
     def __init__(self, folder=ASSETS):
         pairs = [line.split("|") for line in read_lines(folder / "verbs.txt")]
         self.base = {third(base): (base, "does") for base, _ in pairs} | {past: (base, "did") for base, past in pairs}
-        verbs = "|".join(sorted(self.base, key=len, reverse=True))
-        self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually )?(?P<verb>{verbs})\b(?P<rest>[^.;!?:]*)")
+        verbs, bases = ("|".join(sorted(forms, key=len, reverse=True)) for forms in (self.base, (base for base, _ in pairs)))
+        self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually |still |just |never )?(?P<verb>(?:{self.MODALS}) (?:{bases})|{verbs})\b(?P<rest>[^.;!?:]*)")
+        self.participles = self.PARTICIPLES | {past for _, past in pairs if past.endswith("ed")}
+        self.animals = {line.split("|")[0].split()[-1] for line in read_lines(folder / "words/animal.txt")}
+        self.somebody = self.SOMEBODY | {line.split("|")[0].split()[-1] for name in self.ANIMATE for line in read_lines(folder / f"words/{name}.txt")} - {"hand"}
 
     def __call__(self, text):
         """-> [(question, answer)]"""
@@ -892,11 +913,65 @@ class Miner:
             if m["kind"] not in self.COMMON:
                 yield f"What was the {m['kind']} called?", m["name"]
                 yield f"What is the name of the {m['kind']}?", m["name"]
-        for form, ask in ((self.IS, self.ask_is), (self.does, self.ask_does)):
-            if '"' not in sentence and (m := form.match(sentence)):
-                if self.is_subject(m["subject"]):
-                    yield from ask(m["subject"], m["verb"], m["lead"], *self.split(m["rest"]))
-                return
+        for m in self.APPOSED.finditer(sentence):
+            before, kind, name = m["before"] or "", m["kind"], m["name"] or m["aside"]
+            if before and (kind in self.somebody or kind in self.THINGS_CALLED) and name.split()[0] not in self.CALENDAR and name.split()[0].lower() not in self.COMMON:
+                the = self.again(before.strip()) + " " + kind
+                for question in (f"What was {the} called?", f"What is {the} called?", f"What is the name of {the}?"):
+                    yield question, name
+                if kind in self.somebody:
+                    yield f"Who was {name}?", self.lower(before) + kind
+                    if m["aside"]:
+                        yield f"Who is {the}?", name
+        for m in self.EPITHET.finditer(sentence):
+            if m["kind"].split()[-1] in self.somebody and m["name"].split()[0].lower() not in self.COMMON:
+                yield f"Who was {m['name']}?", m["kind"]
+        if '"' in sentence:
+            return
+        lead = ""
+        for clause in self.clauses(sentence):
+            if m := self.THERE.match(clause):
+                yield from self.ask_there(m["verb"], *self.split(m["rest"]))
+                continue
+            for form, ask in ((self.IS, self.ask_is), (self.does, self.ask_does)):
+                if m := form.match(clause):
+                    lead = m["lead"] or lead
+                    if self.is_subject(m["subject"]):
+                        yield from ask(m["subject"], m["verb"], lead, *self.split(m["rest"]))
+                    break
+
+    def clauses(self, sentence):
+        """The first clause with all that follows it, as far as it is asked about, and those behind "and", "but", "because" that have a subject and a verb of their own."""
+        yield sentence
+        behind = [m.end() for m in self.SPLIT.finditer(sentence)]
+        if behind and (self.IS.match(sentence) or self.does.match(sentence)):
+            for start in behind:
+                clause = re.sub("^(?:when|while|because|where) ", "", sentence[start:])
+                if not clause.startswith(("then ", "now ")):
+                    yield clause
+
+    def who(self, phrase, done_to=False):
+        """Who or What asks for this phrase; what is done to an animal is done to What."""
+        last = phrase.split()[-1].lower()
+        named = set(phrase.split()[1:-1]) if phrase.split()[-1][0].isupper() else set()      # the giant Grumm
+        if phrase.lower() in self.PRONOUNS or {last, last.removesuffix("s"), last.removesuffix("es"), *named} & (self.somebody - self.animals if done_to else self.somebody):
+            return "Who"
+        plural = re.fullmatch("[A-Z][a-z]+[^s]s", phrase)      # "Literals" at the start of a sentence, no name
+        return "Who" if self.lower(phrase)[0].isupper() and phrase.split()[0].lower() not in self.COMMON and not plural else "What"
+
+    def when(self, preposition, noun):
+        """Whether "on Monday", "in the morning", "in 1954", "at seven" says when."""
+        last = noun.split()[-1] if noun else ""
+        return preposition in ("in", "on", "at") and (last in self.CALENDAR or preposition == "in" and bool(re.fullmatch(r"1\d{3}|20\d\d", noun)) or preposition == "at" and noun in self.NUMBERS)
+
+    def ask_there(self, be, thing, preposition, noun, further, after):
+        if self.is_thing(thing) and preposition in self.PLACES and self.is_thing(noun, place=True) and not re.match(" (and|or)", after):
+            first, rest = thing.split(" ", 1) if " " in thing else (thing, "")
+            yield f"{self.who(thing)} {be if self.who(thing) == 'What' else 'was' if be in ('was', 'were') else 'is'} {preposition} {noun}?", thing
+            if first.lower() in ("a", "an", "some"):
+                yield f"Where {be} the {rest}?", self.PLACES[preposition] + noun
+            elif first in self.NUMBERS or first[0].isdigit():
+                yield f"How many {rest} {be} {preposition} {noun}?", first
 
     def split(self, rest):
         """What follows the verb -> (object, preposition, the noun phrase behind it, more of these, the next clause); "" for what is not there."""
@@ -917,9 +992,14 @@ class Miner:
     def is_subject(self, phrase):
         """Whether a phrase can be a subject: a pronoun, an article with a noun, a name that is no common word."""
         words = phrase.split()
-        first = words[0].lower()
-        return first in self.PRONOUNS or (first in self.ARTICLES or first not in self.COMMON) \
-            and not any(w in self.PREPOSITIONS or w in ("and", "or", "who", "that", "which", "of") for w in words)
+        first, last = words[0].lower(), words[-1]
+        if any(w in self.PREPOSITIONS or w in ("and", "or", "who", "that", "which", "of") for w in words):
+            return False
+        if len(words) == 1:
+            return first in self.PRONOUNS or first not in self.COMMON and last[-3:] != "ing"
+        if first in self.ARTICLES and last[0].isupper():      # the giant Grumm, not "the day Tom"
+            return any(w in self.somebody or w in self.THINGS_CALLED for w in words[1:-1])
+        return (first in self.ARTICLES or first not in self.COMMON) and last not in self.COMMON and (last[0].isupper() or last[-2:] != "ly")
 
     @classmethod
     def lower(cls, phrase):
@@ -934,26 +1014,62 @@ class Miner:
 
     def ask_is(self, subject, be, lead, thing, preposition, noun, further, after):
         pronoun, who, past = subject.lower() in self.PRONOUNS, self.again(subject), be in ("was", "were")
-        if re.fullmatch(rf"(?:very |so |too )?(?:{self.FEELINGS})", thing) and not preposition:
+        helper, _, rest = be.partition(" ")      # "must be" asks "What must ... be", "was" asks "What was ..."
+        one = {"were": "was", "are": "is", "have": "has"}.get(helper, helper) + (" " + rest if rest else "")
+        is_who = f"{helper} {who}" + (" " + rest if rest else "")
+        first, *others = thing.split() or [""]
+        asks = self.who(subject)
+        if subject.endswith(" name"):
+            if self.is_thing(thing) and not preposition:
+                yield f"What {be} {who}?", thing
+        elif re.fullmatch(rf"(?:very |so |too )?(?:{self.FEELINGS})", thing) and not preposition and not rest:
             yield f"How {'did' if past else 'does' if be == 'is' else 'do'} {who} feel?", thing.split()[-1]
             if not pronoun:
-                yield f"Who {be} {thing}?", self.lower(subject)
+                yield f"Who {one} {thing}?", self.lower(subject)
             if after.startswith(" because "):
                 yield f"Why {be} {who} {thing}?", after.strip(" .,")
-        elif self.is_thing(thing) and not pronoun and not preposition and not re.match(" (and|that|which|who)", after):
-            if past:
-                yield f"Who {be} {thing}?", self.lower(subject)
-            yield f"What {be} {who if past else self.lower(subject)}?", thing
-        elif not thing and preposition in self.PLACES and self.is_thing(noun, place=True):
-            yield f"Where {be} {who}?", self.PLACES[preposition] + noun
+        elif first in self.participles and not others:
+            tail = f" {preposition} {noun}".rstrip() if self.is_thing(noun) else ""
             if not pronoun:
-                yield f"{'Who' if who[0].isupper() else 'What'} {be} {preposition} {noun}?", self.lower(subject)
+                yield f"{asks} {one} {thing}?", self.lower(subject)
+                if tail:
+                    yield f"{asks} {one} {thing}{tail}?", self.lower(subject)
+            if preposition == "by" and self.is_thing(noun) and not self.when("at", noun):
+                yield f"{self.who(noun)} {is_who} {thing} by?", noun
+            elif preposition in self.PLACES and self.is_thing(noun, place=True):
+                yield f"Where {is_who} {thing}?", self.PLACES[preposition] + noun
+            if self.when(preposition, noun):
+                yield f"When {is_who} {thing}?", f"{preposition} {noun}"
+            elif lead and re.match("(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By|Yesterday|Today|Tomorrow)", lead):
+                yield f"When {is_who} {thing}?", self.lower(lead)
+        elif (first in self.NUMBERS or first.isdigit()) and not rest and (thing.split()[1:] in ([], ["years", "old"])) and not preposition and (pronoun or self.who(subject) == "Who") and who != "it":
+            yield f"How old {be} {who}?", thing
+        elif self.is_thing(thing) and not pronoun and not preposition and not rest and not re.match(" (and|that|which|who)", after):
+            if past:
+                yield f"{asks} {one} {thing}?", self.lower(subject)
+            yield f"What {be} {who if past else self.lower(subject)}?", thing
+            if self.who(subject) == self.who(thing) == "Who":
+                yield f"Who {be} {who}?", thing
+        elif not thing and preposition in self.PLACES and self.is_thing(noun, place=True):
+            yield f"Where {is_who}?", self.PLACES[preposition] + noun
+            if not pronoun:
+                yield f"{asks} {one} {preposition} {noun}?", self.lower(subject)
+        elif thing and not others and not preposition and not pronoun and first.islower() and first.isalpha() and first not in self.COMMON | self.ADVERBS and first[-2:] != "ly" and first[-3:] != "ing" \
+                and not rest and not re.match(" (and|or|that|to|as)", after):
+            yield f"{asks} {one} {thing}?", self.lower(subject)      # the kitchen is tiny
+            if after.startswith(" because "):
+                yield f"Why {be} {who} {thing}?", after.strip(" .,")
 
     def ask_does(self, subject, verb, lead, thing, preposition, noun, further, after):
-        (base, did), who, pronoun = self.base[verb], self.again(subject), subject.lower() in self.PRONOUNS
+        modal, _, base = verb.rpartition(" ")
+        (base, did), who, pronoun = (base, modal) if modal else self.base[verb], self.again(subject), subject.lower() in self.PRONOUNS
         if did == "does" and subject.lower() in ("they", "we", "i"):
             return
         tail = f" {preposition} {noun}".rstrip()
+        if base == "have" and thing.split(" ")[0] in self.participles | {"not", "been", "never"}:      # had stopped
+            if not pronoun and self.is_thing(thing.partition(" ")[2]):
+                yield f"{self.who(subject)} {verb} {thing}?", self.lower(subject)
+            return
         if verb in self.WISHES and preposition == "to" and not thing:
             if not self.is_thing(noun):
                 yield f"What {did} {who} {base} to do?", noun + further
@@ -965,24 +1081,34 @@ class Miner:
             return                                                                   # a list that goes on
         if lead and (thing or noun) and not re.match("(?:At (?:last|first|once|least)|In (?:fact|short|all))", lead):
             yield f"When {does}{tail}?", self.lower(lead)
-        if self.is_thing(thing):
-            if not pronoun:
-                yield f"Who {verb} {thing}{tail}?", self.lower(subject)
-            first, rest = (thing + " ").split(" ", 1)
-            if first in self.NUMBERS or first[0].isdigit():
-                yield f"How many {rest.strip()} {did} {who} {base}{tail}?", first
-            yield f"{'Who' if self.lower(thing)[0].isupper() else 'What'} {did} {who} {base}{tail}?", thing
+        elif self.when(preposition, noun):
+            yield f"When {does}?", f"{preposition} {noun}"
+        first, rest = (thing + " ").split(" ", 1)
+        if base in self.PRICED and (first in self.NUMBERS or first[0:1].isdigit()) and rest.strip():
+            yield f"{self.PRICED[base]} {did} {who} {base}?", thing
+        elif preposition == "for" and noun.split()[-1:] and noun.split()[-1] in self.UNITS:
+            yield f"How long {does}?", noun
+        elif self.is_thing(thing) and rest.strip() not in self.UNITS:
+            asks = self.who(subject)
+            for end in dict.fromkeys((tail, "")):
+                if not pronoun:
+                    yield f"{asks} {verb} {thing}{end}?", self.lower(subject)
+                if first in self.NUMBERS or first[0].isdigit():
+                    yield f"How many {rest.strip()} {did} {who} {base}{end}?", first
+                yield f"{self.who(thing, True)} {did} {who} {base}{end}?", thing
             if preposition in self.PLACES and self.is_thing(noun, place=True):
                 yield f"Where {does}?", self.PLACES[preposition] + noun
             elif preposition in ("to", "with", "from", "for") and self.is_thing(noun):
-                yield f"{'Who' if preposition == 'to' or noun[0].isupper() else 'What'} {does} {preposition}?", noun
+                yield f"{'Who' if preposition == 'to' else self.who(noun, True)} {does} {preposition}?", noun
         elif not thing and self.is_thing(noun, place=True):
             if preposition in self.PLACES or preposition in ("to", "into") and base in self.GOING:
                 yield f"Where {does}?", self.PLACES.get(preposition, "") + noun
             elif preposition in ("with", "for", "from"):
-                yield f"{'Who' if noun[0].isupper() else 'What'} {does} {preposition}?", noun
+                yield f"{self.who(noun, True)} {does} {preposition}?", noun
             if not pronoun:
-                yield f"Who {verb}{tail}?", self.lower(subject)
+                yield f"{self.who(subject)} {verb}{tail}?", self.lower(subject)
+        elif not pronoun and len((whole := f"{thing}{tail}{further}").split()) < 9 and after[:1] in (".", ";", ""):      # only who did it is sure
+            yield f"{self.who(subject)} {verb} {whole.strip()}".strip() + "?", self.lower(subject)
 
 
 def third(base):
@@ -993,7 +1119,7 @@ def third(base):
 
 
 def sentences_of(text):
-    return re.split(r"(?<=[.!?]) +|\n+", text)
+    return re.split(r"(?<=[.!?])(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bSt\.) +|\n+", text)
 
 
 # ---------------------------------------------------------------------------- examples and batches
