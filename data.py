@@ -883,16 +883,16 @@ class Miner:
     THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,]*)(?: [\w'-]+){{1,4}}|{NAME}")
     SPLIT = re.compile(r"[,;] (?:and|but|so|for) |[,;] (?=(?:when|while|because|where) )|(?<=[a-z]) (?:when|while|because) |; ")
     NAMED = re.compile(rf"\b{ARTICLE}(?: [a-z-]+){{0,2}}? (?P<kind>[a-z-]+),? (?:who was |which was |whose name was )?(?:named|called) (?P<name>{NAME})")
-    APPOSED = re.compile(rf"\b(?P<before>{ARTICLE}(?: [a-z-]+)?? )?(?P<kind>[a-z-]+)(?: (?P<name>{NAME})|, (?P<aside>{NAME}),)")
+    APPOSED = re.compile(rf"\b(?P<before>{ARTICLE}(?: [a-z-]+)?? )(?P<kind>[a-z-]+)(?: (?P<name>{NAME})|, (?P<aside>{NAME}),)")
     EPITHET = re.compile(rf"(?<=[a-z,] )(?P<name>{NAME}) (?P<kind>the [a-z-]+)(?=[ ,.;])")
     IS = re.compile(START + rf"(?P<verb>was|were|is|are|(?:{MODALS}) be|ha[sd] been|have been) (?P<rest>[^.;!?:]*)")
-    THERE = re.compile(rf"^(?:In (?P<lead>[^,.;:!?]{{2,30}}),? )?[Tt]here (?P<verb>was|were|is|are) (?P<rest>[^.;!?:]*)")
+    THERE = re.compile(rf"^(?:In [^,.;:!?]{{2,30}},? )?[Tt]here (?P<verb>was|were|is|are) (?P<rest>[^.;!?:]*)")
 
     def __init__(self, folder=ASSETS):
         pairs = [line.split("|") for line in read_lines(folder / "verbs.txt")]
         self.base = {third(base): (base, "does") for base, _ in pairs} | {past: (base, "did") for base, past in pairs}
         verbs, bases = ("|".join(sorted(forms, key=len, reverse=True)) for forms in (self.base, (base for base, _ in pairs)))
-        self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually |still |just |never )?(?P<verb>(?:{self.MODALS}) (?:{bases})|{verbs})\b(?P<rest>[^.;!?:]*)")
+        self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually |still |just )?(?P<verb>(?:{self.MODALS}) (?:{bases})|{verbs})\b(?P<rest>[^.;!?:]*)")
         self.participles = self.PARTICIPLES | {past for _, past in pairs if past.endswith("ed")}
         self.animals = {line.split("|")[0].split()[-1] for line in read_lines(folder / "words/animal.txt")}
         self.somebody = self.SOMEBODY | {line.split("|")[0].split()[-1] for name in self.ANIMATE for line in read_lines(folder / f"words/{name}.txt")} - {"hand"}
@@ -914,8 +914,8 @@ class Miner:
                 yield f"What was the {m['kind']} called?", m["name"]
                 yield f"What is the name of the {m['kind']}?", m["name"]
         for m in self.APPOSED.finditer(sentence):
-            before, kind, name = m["before"] or "", m["kind"], m["name"] or m["aside"]
-            if before and (kind in self.somebody or kind in self.THINGS_CALLED) and name.split()[0] not in self.CALENDAR and name.split()[0].lower() not in self.COMMON:
+            before, kind, name = m["before"], m["kind"], m["name"] or m["aside"]
+            if (kind in self.somebody or kind in self.THINGS_CALLED) and name.split()[0] not in self.CALENDAR and name.split()[0].lower() not in self.COMMON:
                 the = self.again(before.strip()) + " " + kind
                 for question in (f"What was {the} called?", f"What is {the} called?", f"What is the name of {the}?"):
                     yield question, name
@@ -941,7 +941,7 @@ class Miner:
                     break
 
     def clauses(self, sentence):
-        """The first clause with all that follows it, as far as it is asked about, and those behind "and", "but", "because" that have a subject and a verb of their own."""
+        """The sentence itself, of which the first clause is asked about, then what follows "and", "but", "because" and the like in it."""
         yield sentence
         behind = [m.end() for m in self.SPLIT.finditer(sentence)]
         if behind and (self.IS.match(sentence) or self.does.match(sentence)):
