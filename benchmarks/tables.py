@@ -97,7 +97,7 @@ def baselines():
         lines.append(f"| {title} | {em_f1(scored)} | " + " | ".join(costs) + f" | {em_f1(tiny['conditions'][condition])} | " + (f"{other['prepare s']:.3g} |" if other else "|"))
     rates = lambda r: ", ".join(f"{k} {v:g}" for k, v in r["learning rates"].items())
     return "\n".join(lines) + f"\n\n{small['texts']} held-out generated texts, {small['conditions']['shine']['em']['questions']} questions; learning rates (chosen on 16 other texts) {rates(small)} " \
-        f"(tiny {rates(tiny)}); costs of small on {small['machine']}, one thread beside another process, of tiny on {tiny['machine']}, medians of five texts."
+        f"(tiny {rates(tiny)}); costs on {' and '.join(dict.fromkeys((small['machine'], tiny['machine'])))}, one thread beside another process, medians of five texts."
 
 
 def latency():
