@@ -864,7 +864,7 @@ class Miner:
     UNITS = words("second seconds minute minutes hour hours day days night nights week weeks month months year years")
     CALENDAR = words("""Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September October November December
         spring summer autumn winter morning afternoon evening night midnight noon Christmas Easter weekend""")
-    PRICED = {"cost": "How much", "weigh": "How much", "take": "How long", "last": "How long"}      # what asks for the number behind these verbs
+    MEASURED = {"cost": "How much", "weigh": "How much", "take": "How long", "last": "How long"}      # what asks for the number behind these verbs
     ANIMATE = ("being", "job", "animal", "role", "relation", "expert")      # lists of assets/words whose last words are somebody, not something
     SOMEBODY = words("""man woman boy girl child children people men women lady gentleman baby prince princess queen king giant witch wizard fairy dwarf elf troll dragon puppy kitten hen
         cock bird lion tiger bear monkey snake crow soldier captain sailor servant miller hunter thief robber stranger guest mayor lord knight merchant beggar shepherd tailor cook
@@ -879,6 +879,7 @@ class Miner:
     START = (r"^(?:(?P<lead>(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By)\b[^,.;:!?]{2,30}(?=,)|Yesterday|Today|Tomorrow),? |"
              r"(?:Then|So|But|And|Soon|Once|Now|At last|Finally|Suddenly|However),? )?"
              rf"(?P<subject>{NAME}|{ARTICLE}(?: [a-z-]+){{1,3}}?(?: {NAME})?|He|She|They|We|I|It|he|she|they|we|it) ")
+    NO_TIME = re.compile("At (?:last|first|once|least)|In (?:fact|short|all)")
     STOP = re.compile(rf" (?:{CLAUSES})\b|[.;!?:,\"(]| --")
     THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,]*)(?: [\w'-]+){{1,4}}|{NAME}")
     SPLIT = re.compile(r"[,;] (?:and|but|so|for) |[,;] (?=(?:when|while|because|where) )|(?<=[a-z]) (?:when|while|because) |; ")
@@ -894,8 +895,8 @@ class Miner:
         verbs, bases = ("|".join(sorted(forms, key=len, reverse=True)) for forms in (self.base, (base for base, _ in pairs)))
         self.does = re.compile(self.START + rf"(?:also |always |often |once |soon |then |only |usually |still |just )?(?P<verb>(?:{self.MODALS}) (?:{bases})|{verbs})\b(?P<rest>[^.;!?:]*)")
         self.participles = self.PARTICIPLES | {past for _, past in pairs if past.endswith("ed")}
-        self.animals = {line.split("|")[0].split()[-1] for line in read_lines(folder / "words/animal.txt")}
-        self.somebody = self.SOMEBODY | {line.split("|")[0].split()[-1] for name in self.ANIMATE for line in read_lines(folder / f"words/{name}.txt")} - {"hand"}
+        nouns = {name: {line.split("|")[0].split()[-1] for line in read_lines(folder / f"words/{name}.txt")} for name in self.ANIMATE}
+        self.animals, self.somebody = nouns["animal"], self.SOMEBODY.union(*nouns.values()) - {"hand"}      # a farm hand
 
     def __call__(self, text):
         """-> [(question, answer)]"""
@@ -935,7 +936,8 @@ class Miner:
                 continue
             for form, ask in ((self.IS, self.ask_is), (self.does, self.ask_does)):
                 if m := form.match(clause):
-                    lead = m["lead"] or lead
+                    if m["lead"] and not self.NO_TIME.match(m["lead"]):
+                        lead = m["lead"]
                     if self.is_subject(m["subject"]):
                         yield from ask(m["subject"], m["verb"], lead, *self.split(m["rest"]))
                     break
@@ -967,7 +969,7 @@ class Miner:
     def ask_there(self, be, thing, preposition, noun, further, after):
         if self.is_thing(thing) and preposition in self.PLACES and self.is_thing(noun, place=True) and not re.match(" (and|or)", after):
             first, rest = thing.split(" ", 1) if " " in thing else (thing, "")
-            yield f"{self.who(thing)} {be if self.who(thing) == 'What' else 'was' if be in ('was', 'were') else 'is'} {preposition} {noun}?", thing
+            yield f"{self.who(thing)} {'was' if be in ('was', 'were') else 'is'} {preposition} {noun}?", thing
             if first.lower() in ("a", "an", "some"):
                 yield f"Where {be} the {rest}?", self.PLACES[preposition] + noun
             elif first in self.NUMBERS or first[0].isdigit():
@@ -1015,7 +1017,7 @@ class Miner:
     def ask_is(self, subject, be, lead, thing, preposition, noun, further, after):
         pronoun, who, past = subject.lower() in self.PRONOUNS, self.again(subject), be in ("was", "were")
         helper, _, rest = be.partition(" ")      # "must be" asks "What must ... be", "was" asks "What was ..."
-        one = {"were": "was", "are": "is", "have": "has"}.get(helper, helper) + (" " + rest if rest else "")
+        singular = {"were": "was", "are": "is", "have": "has"}.get(helper, helper) + (" " + rest if rest else "")
         is_who = f"{helper} {who}" + (" " + rest if rest else "")
         first, *others = thing.split() or [""]
         asks = self.who(subject)
@@ -1025,38 +1027,38 @@ class Miner:
         elif re.fullmatch(rf"(?:very |so |too )?(?:{self.FEELINGS})", thing) and not preposition and not rest:
             yield f"How {'did' if past else 'does' if be == 'is' else 'do'} {who} feel?", thing.split()[-1]
             if not pronoun:
-                yield f"Who {one} {thing}?", self.lower(subject)
+                yield f"Who {singular} {thing}?", self.lower(subject)
             if after.startswith(" because "):
                 yield f"Why {be} {who} {thing}?", after.strip(" .,")
         elif first in self.participles and not others:
             tail = f" {preposition} {noun}".rstrip() if self.is_thing(noun) else ""
             if not pronoun:
-                yield f"{asks} {one} {thing}?", self.lower(subject)
+                yield f"{asks} {singular} {thing}?", self.lower(subject)
                 if tail:
-                    yield f"{asks} {one} {thing}{tail}?", self.lower(subject)
+                    yield f"{asks} {singular} {thing}{tail}?", self.lower(subject)
             if preposition == "by" and self.is_thing(noun) and not self.when("at", noun):
                 yield f"{self.who(noun)} {is_who} {thing} by?", noun
             elif preposition in self.PLACES and self.is_thing(noun, place=True):
                 yield f"Where {is_who} {thing}?", self.PLACES[preposition] + noun
             if self.when(preposition, noun):
                 yield f"When {is_who} {thing}?", f"{preposition} {noun}"
-            elif lead and re.match("(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By|Yesterday|Today|Tomorrow)", lead):
+            elif lead:
                 yield f"When {is_who} {thing}?", self.lower(lead)
-        elif (first in self.NUMBERS or first.isdigit()) and not rest and (thing.split()[1:] in ([], ["years", "old"])) and not preposition and (pronoun or self.who(subject) == "Who") and who != "it":
+        elif (first in self.NUMBERS or first.isdigit()) and others in ([], ["years", "old"]) and not rest and not preposition and (pronoun or self.who(subject) == "Who") and who != "it":
             yield f"How old {be} {who}?", thing
         elif self.is_thing(thing) and not pronoun and not preposition and not rest and not re.match(" (and|that|which|who)", after):
             if past:
-                yield f"{asks} {one} {thing}?", self.lower(subject)
+                yield f"{asks} {singular} {thing}?", self.lower(subject)
             yield f"What {be} {who if past else self.lower(subject)}?", thing
             if self.who(subject) == self.who(thing) == "Who":
                 yield f"Who {be} {who}?", thing
         elif not thing and preposition in self.PLACES and self.is_thing(noun, place=True):
             yield f"Where {is_who}?", self.PLACES[preposition] + noun
             if not pronoun:
-                yield f"{asks} {one} {preposition} {noun}?", self.lower(subject)
+                yield f"{asks} {singular} {preposition} {noun}?", self.lower(subject)
         elif thing and not others and not preposition and not pronoun and first.islower() and first.isalpha() and first not in self.COMMON | self.ADVERBS and first[-2:] != "ly" and first[-3:] != "ing" \
                 and not rest and not re.match(" (and|or|that|to|as)", after):
-            yield f"{asks} {one} {thing}?", self.lower(subject)      # the kitchen is tiny
+            yield f"{asks} {singular} {thing}?", self.lower(subject)      # the kitchen is tiny
             if after.startswith(" because "):
                 yield f"Why {be} {who} {thing}?", after.strip(" .,")
 
@@ -1079,13 +1081,13 @@ class Miner:
             yield f"Why {does}{tail}?", after.strip(" .,")
         if after.startswith(" and ") and (after.split() + [""])[1] not in self.base.keys() | self.PRONOUNS | {"then"}:
             return                                                                   # a list that goes on
-        if lead and (thing or noun) and not re.match("(?:At (?:last|first|once|least)|In (?:fact|short|all))", lead):
+        if lead and (thing or noun):
             yield f"When {does}{tail}?", self.lower(lead)
         elif self.when(preposition, noun):
             yield f"When {does}?", f"{preposition} {noun}"
         first, rest = (thing + " ").split(" ", 1)
-        if base in self.PRICED and (first in self.NUMBERS or first[0:1].isdigit()) and rest.strip():
-            yield f"{self.PRICED[base]} {did} {who} {base}?", thing
+        if base in self.MEASURED and (first in self.NUMBERS or first[0:1].isdigit()) and rest.strip():
+            yield f"{self.MEASURED[base]} {did} {who} {base}?", thing
         elif preposition == "for" and noun.split()[-1:] and noun.split()[-1] in self.UNITS:
             yield f"How long {does}?", noun
         elif self.is_thing(thing) and rest.strip() not in self.UNITS:

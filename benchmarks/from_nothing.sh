@@ -33,6 +33,8 @@ hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --quest
 eager=()      # the stage gist is not compiled
 for option in "$@"; do [[ $option == --compile ]] || eager+=("$option"); done
 start=$OUT/base
-[[ $GIST == 0 ]] || start=$OUT/gist
-[[ $GIST == 0 ]] || stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
+if [[ $GIST != 0 ]]; then
+    start=$OUT/gist
+    stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
+fi
 stage pretrain "$OUT/pretrain" --model "$start" --minutes "$PRETRAIN" --warmup 200 --muon-lr 4.5e-3 --batch "${BATCH:-64}" "${hyper[@]}" "$@"
