@@ -401,9 +401,9 @@ CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because
 
 
 class Frame:
-    """One fact: its slots, statements, questions; see assets/README.md. A template is (line, slot names)."""
+    """One fact, or a scene: a whole little text. Its slots, statements, questions; see assets/README.md."""
 
-    def __init__(self, head, where):
+    def __init__(self, head, where, scene=False):
         match = re.fullmatch(r"\[([\w.-]+)\]((?: +\w=\w+)*)\s*", head)
         if not match:
             raise UserError(f"{where}: a frame's head reads [topic.name] slot=type ..., not {head!r}")
@@ -412,33 +412,44 @@ class Frame:
         self.cast = [s for s, t in self.slots.items() if t in CAST]
         self.values = [s for s, t in self.slots.items() if t not in CAST]
         self.facts = max(1, sum(not t.startswith("act_") for t in self.slots.values()) - 1)      # values tied to a subject, no verbs
-        self.statements, self.questions, self.checks = [], [], []     # [line], [(line, answer)], [line]
+        self.scene = scene
+        self.statements, self.questions, self.checks = [], [], []     # [line], [(line, answer, [(follow-up, answer)])], [line]
+        self.unsaid = []                                              # [line]: questions that no statement answers
 
     def add(self, line, where):
         kind, _, body = line.partition(" ")
+        if kind == ":" and (match := re.fullmatch(r"(\w) = (.+)", body)):
+            self.slots[match[1]] = tuple(value.strip() for value in match[2].split(" | "))
+            self.values.append(match[1])
+            return
         slots = {m[1] for m in SLOT.finditer(body)}
         if slots - set(self.slots):
             raise UserError(f"{where}: slot {min(slots - set(self.slots))} is not in the head of [{self.name}]")
         if kind == "." and body:
             self.statements.append(body)
         elif kind == "?" and " = " in body:
-            self.questions.append(tuple(body.rsplit(" = ", 1)))
+            self.questions.append((*body.rsplit(" = ", 1), []))
+        elif kind == ">" and " = " in body and self.questions:
+            self.questions[-1][2].append(tuple(body.rsplit(" = ", 1)))
         elif kind == "!" and body:
             self.checks.append(body)
+        elif kind == "-" and body:
+            self.unsaid.append(body)
         else:
-            raise UserError(f"{where}: a line starts with '. statement', '? question = answer' or '! question', not {line!r}")
+            raise UserError(f"{where}: a line starts with '. statement', '? question = answer', '> follow-up = answer', '! question', "
+                            f"'- question' or ': slot = value | value', not {line!r}")
 
 
 @lru_cache(maxsize=None)
 def load_assets(folder=ASSETS):
-    """-> ({type: [value]}, [Frame]); a bad line is named."""
+    """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named."""
     words = {p.stem: read_lines(p) for p in sorted((folder / "words").glob("*.txt"))}
     frames = []
-    for path in sorted((folder / "frames").glob("*.txt")):
+    for path in sorted((folder / "frames").glob("*.txt")) + sorted((folder / "scenes").glob("*.txt")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             where, line = f"{path.name}:{number}", line.strip()
             if line.startswith("["):
-                frames.append(Frame(line, where))
+                frames.append(Frame(line, where, path.parent.name == "scenes"))
                 unknown = {t for t in frames[-1].slots.values() if t not in CAST and t not in words}
                 if unknown:
                     raise UserError(f"{where}: there is no word list {min(unknown)}.txt")
@@ -446,6 +457,10 @@ def load_assets(folder=ASSETS):
                 if not frames:
                     raise UserError(f"{where}: a line before the first [head]")
                 frames[-1].add(line, where)
+    unseen = {line.lower() for lines in words.values() if open_class(lines) for line in lines if held_out(line)}
+    for frame in frames:      # a scene's own lists are for training: without what is held out
+        own = {slot: tuple(v for v in values if re.sub("^(an?|the) ", "", v.lower()) not in unseen) for slot, values in frame.slots.items() if isinstance(values, tuple)}
+        frame.slots |= {slot: values for slot, values in own.items() if values}
     return words, frames
 
 
@@ -471,9 +486,14 @@ class Fact:
         self.frame, self.values, self.statement = frame, values, statement
         self.said = {m[1] for m in SLOT.finditer(statement)}
 
+    def says(self, line):
+        """Whether all slots of a line stand in the statement."""
+        return {m[1] for m in SLOT.finditer(line)} <= self.said
+
     @property
     def hero(self):
-        return self.values[self.frame.cast[0]] if self.frame.cast else None
+        """Whom it is about; a scene is about many things."""
+        return self.values[self.frame.cast[0]] if self.frame.cast and not self.frame.scene else None
 
 
 class Source:
@@ -486,7 +506,8 @@ class Source:
     def __init__(self, split="train", max_facts=8, folder=ASSETS):
         assert split in ("train", "heldout"), split
         words, frames = load_assets(folder)
-        self.frames = [f for f in frames for _ in range(3 if f.topic.startswith("act") else 1)]       # the general ones more often
+        self.scenes, self.scene_share = [f for f in frames if f.scene], 0.0      # share of texts that are a scene, not single facts
+        self.frames = [f for f in frames if not f.scene for _ in range(3 if f.topic.startswith("act") else 1)]       # the general ones more often
         self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
         for kind, lines in words.items():
@@ -495,8 +516,10 @@ class Source:
         self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
                         "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
 
-    def phrasings(self, lines, key=lambda line: line):
-        """The lines of this split: in training none that is held out, as long as three others are left."""
+    def phrasings(self, lines, key=lambda line: line, scene=False):
+        """The lines of this split: in training none that is held out, as long as three others are left. Scenes are for training, whole."""
+        if scene:
+            return lines
         seen = [line for line in lines if not held_out(key(line))]
         return seen if self.split == "train" and len(seen) >= 3 else lines
 
@@ -509,7 +532,7 @@ class Source:
                 return str(rng.randint(int(low), int(high)))
             word = self.value(inner[0].lower() + inner[1:], rng, depth + 1)
             return " ".join(w[:1].upper() + w[1:] for w in word.split(" ")) if inner[0].isupper() else word
-        line = rng.choice(self.words[kind])
+        line = rng.choice(self.words[kind] if isinstance(kind, str) else kind)
         return re.sub(r"\{([\w-]+)\}", expand, line) if "{" in line else line
 
     def let_wild(self, tokenizer, share):
@@ -531,7 +554,7 @@ class Source:
     def fresh(self, kind, rng, used):
         for _ in range(20):
             value = self.value(kind, rng)
-            if self.wild and open_class(load_assets()[0][kind]) and rng.random() < self.wild_share:
+            if self.wild and isinstance(kind, str) and open_class(load_assets()[0][kind]) and rng.random() < self.wild_share:
                 word = self.wild_word(rng)
                 value = word[:1].upper() + word[1:] if value[:1].isupper() else word
             if value.lower() not in used:
@@ -572,7 +595,7 @@ class Source:
         taken.add(key)
         for slot in frame.values:
             values[slot] = self.fresh(frame.slots[slot], rng, used)
-        return Fact(frame, values, rng.choice(self.phrasings(frame.statements)))
+        return Fact(frame, values, choose(rng.choice(self.phrasings(frame.statements, scene=frame.scene)), rng))
 
     def fill(self, line, values, pronoun_for=None, answer=False, changed=()):
         """Put values into a template; `pronoun_for`: the character whose first mention becomes a pronoun."""
@@ -606,23 +629,23 @@ class Source:
         return ("\n" if rng.random() < 0.08 else " ").join(parts)
 
     def questions(self, facts, rng):
-        """All questions the facts answer: [(question line, answer, fact, check)]; one with two answers is left out."""
+        """All questions the facts answer: [(question line, answer, fact, check, [follow-ups])]; one with two answers is left out."""
         asked, answers = [], defaultdict(set)
         for fact in facts:
-            for line, answer in self.phrasings(fact.frame.questions, key=lambda question: question[0]):
-                if {m[1] for m in SLOT.finditer(line + answer)} <= fact.said:
-                    answer = self.fill(answer, fact.values, answer=True)
+            for line, answer, more in self.phrasings(fact.frame.questions, lambda question: question[0], fact.frame.scene):
+                if fact.says(line + answer):
+                    line, answer = choose(line, rng), self.fill(answer, fact.values, answer=True)
                     answers[self.fill(line, fact.values)].add(answer)
-                    asked.append((line, answer, fact, False))
+                    asked.append((line, answer, fact, False, [(choose(line, rng), self.fill(answer, fact.values, answer=True), fact, False, [])
+                                                              for line, answer in more if fact.says(line + answer)]))
             for line in fact.frame.checks:
-                slots = [m[1] for m in SLOT.finditer(line)]
-                if set(slots) <= fact.said:
-                    asked.append((line, "yes", fact, True))
+                if fact.says(line):
+                    asked.append((choose(line, rng), "yes", fact, True, []))
         return [q for q in asked if q[3] or len(answers[self.fill(q[0], q[2].values)]) == 1]
 
     def ask(self, item, rng, cast, before, used):
         """One question of `questions` as a user types it -> (question, answer). `before` is the item asked just before."""
-        line, answer, fact, check = item
+        line, answer, fact, check, _ = item
         values = fact.values
         if check and rng.random() < 0.5:
             slots = [m[1] for m in SLOT.finditer(line) if m[1] in fact.frame.values]
@@ -642,7 +665,12 @@ class Source:
         return self.fill(line, values, pronoun), answer
 
     def unanswerable(self, facts, rng, used):
-        """A question that nothing in the text answers: another topic, or a person who is not in it."""
+        """A question that nothing in the text answers: another topic, or a person who is not in it; of a scene one of its own."""
+        if own := [(line, fact) for fact in facts for line in fact.frame.unsaid if fact.says(line)]:
+            line, fact = rng.choice(own)
+            return self.fill(choose(line, rng), fact.values)
+        if any(fact.frame.scene for fact in facts):
+            return None
         topics = {fact.frame.topic for fact in facts}
         frame = rng.choice(self.frames)
         stranger = rng.random() < 0.4 or not frame.cast
@@ -652,7 +680,7 @@ class Source:
                 return None
         elif frame.topic in topics:
             return None
-        lines = [q for q, _ in frame.questions if {m[1] for m in SLOT.finditer(q)} == {frame.cast[0]}]
+        lines = [q for q, *_ in frame.questions if {m[1] for m in SLOT.finditer(q)} == {frame.cast[0]}]
         if not lines:
             return None
         kind = frame.slots[frame.cast[0]]
@@ -670,9 +698,12 @@ class Source:
         while True:
             used, taken, facts = set(), set(), []
             cast = self.make_cast(rng, used)
+            if self.scene_share and rng.random() < self.scene_share:
+                cast["person"] = [c for c in cast["person"] if c.gender != "I"]
+                facts = [fact for fact in [self.make_fact(rng.choice(self.scenes), cast, rng, used, taken)] if fact]
             n = n_facts or rng.randint(1, self.max_facts)
             pool = self.by_cast[rng.choices(("person", "other", "all"), (5, 3, 3))[0]]
-            while sum(fact.frame.facts for fact in facts) < n:
+            while not (facts and facts[0].frame.scene) and sum(fact.frame.facts for fact in facts) < n:
                 same = facts and rng.random() < again
                 frame = rng.choice(facts).frame if same else rng.choice(pool)
                 fact = self.make_fact(frame, cast, rng, used, taken)
@@ -693,11 +724,14 @@ class Source:
 
     def converse(self, facts, items, rng, cast, used, n_turns):
         """Up to n_turns questions with answers -> ([{"role", "content"}], [kind of each question])."""
-        turns, kinds, before = [], [], None
+        turns, kinds, before, then = [], [], None, []
         checks, items = [q for q in items if q[3]], [q for q in items if not q[3]]
         for _ in range(n_turns):
             dice = rng.random()
-            if dice < 0.08 and (question := next(filter(None, (self.unanswerable(facts, rng, used) for _ in range(6))), None)):
+            if then:      # a follow-up stands behind its question
+                kind, item = "fact", then.pop(0)
+                question, answer = self.ask(item, rng, cast, None, used)
+            elif dice < 0.08 and (question := next(filter(None, (self.unanswerable(facts, rng, used) for _ in range(6))), None)):
                 kind, answer, item = "unknown", UNKNOWN, None
             elif 0.08 <= dice < 0.11:
                 kind, item = "small talk", None
@@ -714,7 +748,7 @@ class Source:
                 follow = [q for q in items if before and (q[0] == before[0] and q[2] is not before[2] or owned(before, q))]
                 item = rng.choice(follow) if follow and rng.random() < 0.6 else rng.choice(items)
                 items.remove(item)
-                kind = "fact"
+                kind, then = "fact", list(item[4]) if rng.random() < 0.7 else []
                 question, answer = self.ask(item, rng, cast, before, used)
             else:
                 break
@@ -727,7 +761,12 @@ class Source:
 def owned(before, item):
     """Whether two questions in turn ask for two things of one owner in the same words: then the second may name the thing only."""
     first, second = (q and OWNED.fullmatch(q[0]) for q in (before, item))
-    return bool(first and second and before[2].hero is item[2].hero and first[2] != second[2] and first.group(1, 3) == second.group(1, 3))
+    return bool(first and second and item[2].hero and before[2].hero is item[2].hero and first[2] != second[2] and first.group(1, 3) == second.group(1, 3))
+
+
+def choose(line, rng):
+    """[this|that] -> one of the two."""
+    return re.sub(r"\[([^][]*\|[^][]*)\]", lambda m: rng.choice(m[1].split("|")), line)
 
 
 def mend(text, sentence=True):
@@ -1137,13 +1176,14 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, mined_share=0.0):
+                 conversations=1, mined_share=0.0, scene_share=0.0):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
         self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
         self.question_share = question_share      # share of question examples in the pretrain stage
         self.source, self.max_facts = Source(split, max_facts), max_facts
+        self.source.scene_share = scene_share      # share of generated texts that are one scene
         if wild_share:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
@@ -1352,12 +1392,13 @@ def main(argv=None):
     texts = read_texts(args.text) if args.text else ()
     records = [read_conversations(path, args.strict) for path in args.qa]
     rng = random.Random(args.seed)
-    for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question",
+    for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question", "questions on a scene",
                  "language modelling, the text in the prompt"):
         print(f"\n=== {name}")
         for i in range(args.count):
             examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0)
             if "question" in name:
+                examples.source.scene_share = float("scene" in name)
                 sample = examples.source.sample(rng, n_turns=1 if name == "one question" else 4)
                 turns = [(t["role"], t["content"]) for t in sample["conversations"]]
                 show(tokenizer, tokenizer.encode(sample["context"]), *render(tokenizer, turns))

@@ -61,10 +61,10 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
 COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
-              rival_share=0.25, mined_share=0.15)
+              rival_share=0.25, mined_share=0.15, scene_share=0.25)
 SIZES = dict(rank=72, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
-             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0)                        # real text only
+             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0)                        # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
@@ -390,6 +390,7 @@ def parse(argv):
     add("--random-share", type=float, help="share (default 0.15) of passages to copy that are tokens in random order")
     add("--question-share", type=float, help="share of question examples in the stages pretrain (default 0) and gist (0.6)")
     add("--rival-share", type=float, help="share (default 0.25) of generated texts that say mostly one thing of several people")
+    add("--scene-share", type=float, help="share (default 0.25) of generated texts that are one scene of assets/scenes")
     add("--mined-share", type=float, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
     add("--recall-share", type=float, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
     add("--conversations", type=positive(int), help="question examples: so many conversations about one text, as far as they fit (default 1; stage gist 4)")
@@ -728,7 +729,7 @@ def main(argv=None):
                         args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
                         args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
                         recall_share=args.recall_share, rival_share=args.rival_share,
-                        conversations=args.conversations, mined_share=args.mined_share)
+                        conversations=args.conversations, mined_share=args.mined_share, scene_share=args.scene_share)
     unseen = Unseen(args, tokenizer)
     optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
     state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}

@@ -5,7 +5,8 @@
 #   benchmarks/from_nothing.sh OUT DATA BASE GIST PRETRAIN [more options of every stage]      the last three in minutes; GIST may be 0
 #
 # DATA holds text/ (plain text, .txt or .txt.xz) and */train.jsonl (conversations). Variables: PRESET (small), STAGES (of "base gist
-# pretrain", those to run now), TOKENIZER (folder whose tokenizer is taken), BASE_BATCH, GIST_BATCH, BATCH, WORKERS.
+# pretrain", those to run now), TOKENIZER (folder whose tokenizer is taken), BASE_BATCH, GIST_BATCH, BATCH, WORKERS; START (a model folder
+# whose language model and hypernetwork go on, not from nothing; GIST is 0 then).
 #
 # On a GPU, --compile and --cuda-graphs behind the minutes are for speed.
 #
@@ -16,7 +17,7 @@ OUT=$1 DATA=$2 BASE=$3 GIST=$4 PRETRAIN=$5
 shift 5
 ulimit -n "$(ulimit -Hn)"      # every tensor on its way from a worker is an open file
 data=(--text "$DATA/text" --qa "$DATA"/*/train.jsonl --workers "${WORKERS:-14}" --wild-share 0.35 --random-share 0.15 --rival-share 0.3
-      --record-share 0.1 --mined-share 0.25 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 4 --save-every 0.5)
+      --record-share 0.1 --mined-share 0.25 --scene-share 0.35 --text-share 0.5 --context-length 512 --conversation-length 320 --eval-every 4 --save-every 0.5)
 
 stage() {      # name, folder of the run, its options
     local name=$1 out=$2
@@ -27,8 +28,9 @@ stage() {      # name, folder of the run, its options
     touch "$out/done"
 }
 
-stage base "$OUT/base" --preset "${PRESET:-small}" ${TOKENIZER:+--tokenizer "$TOKENIZER"} --minutes "$BASE" --batch "${BASE_BATCH:-256}" \
-    --warmup 200 --curriculum 60000 --copy-share 0.15 --plain-share 0.15 "$@"
+new=(--preset "${PRESET:-small}" ${TOKENIZER:+--tokenizer "$TOKENIZER"} --curriculum 60000)
+[[ ${START:-} ]] && new=(--model "$START" --curriculum 0)
+stage base "$OUT/base" "${new[@]}" --minutes "$BASE" --batch "${BASE_BATCH:-256}" --warmup 200 --copy-share 0.15 --plain-share 0.15 "$@"
 hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 2.5e-3 --weight-decay 0.05)
 eager=()      # the stage gist is not compiled
 for option in "$@"; do [[ $option == --compile ]] || eager+=("$option"); done
@@ -37,4 +39,5 @@ if [[ $GIST != 0 ]]; then
     start=$OUT/gist
     stage gist "$OUT/gist" --model "$OUT/base" --minutes "$GIST" --warmup 60 --batch "${GIST_BATCH:-64}" "${hyper[@]}" "${eager[@]}"
 fi
-stage pretrain "$OUT/pretrain" --model "$start" --minutes "$PRETRAIN" --warmup 200 --muon-lr 4.5e-3 --batch "${BATCH:-64}" "${hyper[@]}" "$@"
+stage pretrain "$OUT/pretrain" --model "$start" ${START:+--hypernet "$START"} --minutes "$PRETRAIN" --warmup 200 --read-lr 6.25e-4 --muon-lr 4.5e-3 --batch "${BATCH:-64}" \
+    "${hyper[@]}" "$@"

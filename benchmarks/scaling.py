@@ -134,7 +134,7 @@ def main(argv=None):
     results = read_json(args.json) if Path(args.json).is_file() else {"settings": settings, "cells": {}}
     if not args.show and results["settings"] != settings:
         raise UserError(f"{args.json} was made with {results['settings']}; use these or another --json")
-    data = (["--text", args.text] if args.text else []) + (["--qa", *args.qa] if args.qa else [])
+    data = ["--scene-share", 0] + (["--text", args.text] if args.text else []) + (["--qa", *args.qa] if args.qa else [])
     started = time.perf_counter()
     for seed in range(0 if args.show else args.seeds):
         for group in args.only:

@@ -62,15 +62,16 @@ def test_reconstruction_and_completion_are_those_of_the_paper(tokenizer):
 
 def test_assets_are_broad_and_sound():
     words, frames = load_assets()
-    assert len(frames) >= 150 and sum(len(v) for v in words.values()) > 5000
+    assert sum(not f.scene for f in frames) >= 150 and sum(f.scene for f in frames) >= 150 and sum(len(v) for v in words.values()) > 5000
     for kind, lines in words.items():
         assert lines, kind
     for f in frames:
         assert f.statements and f.questions, f.name
         said = [{m[1] for m in data.SLOT.finditer(s)} for s in f.statements]
-        for q, a in f.questions:
+        for q, a, more in f.questions:
             slots = {m[1] for m in data.SLOT.finditer(q + a)}
             assert any(slots <= s for s in said), (f.name, q)
+        assert not f.scene or len(f.statements) > 1 and len(f.questions) > 7 and f.unsaid, f.name
 
 
 def test_generated_texts_are_whole_and_answers_are_in_them():
@@ -140,7 +141,7 @@ def test_verbs_have_two_forms_and_serve_both_splits():
 def test_a_second_question_about_the_same_owner_may_name_the_thing_only():
     """"What is Mara's surname?", then "And her job?"; never after a question of another form or about somebody else."""
     mara, tom = (data.Character("person", name, "f") for name in ("Mara", "Zoe"))
-    fact = lambda who, line: (line, "x", data.Fact(Frame("[x.y] A=person", "here"), {"A": who}, "{A}"), False)
+    fact = lambda who, line: (line, "x", data.Fact(Frame("[x.y] A=person", "here"), {"A": who}, "{A}"), False, [])
     first, second = fact(mara, "What is {A's} surname?"), fact(mara, "What is {A's} job?")
     assert data.owned(first, second) and not data.owned(None, second) and not data.owned(second, second)
     assert not data.owned(first, fact(tom, "What is {A's} job?")) and not data.owned(first, fact(mara, "Who is {A's} sister?"))
@@ -315,3 +316,48 @@ def test_rivals_say_one_thing_of_several_people(tokenizer, monkeypatch):
         monkeypatch.undo()
         return sum(len(names) - len(set(names)) for names in facts) / sum(map(len, facts))
     assert repeats(1.0) > 1.3 * repeats(0.0)
+
+
+def test_scenes(tokenizer):
+    """What a scene's questions answer stands in its text, what they do not is said to be unknown, and a follow-up comes behind its question."""
+    source, rng = Source(), random.Random(0)
+    source.scene_share = 1.0
+    unsaid = 0
+    for _ in range(400):
+        sample = source.sample(rng, n_turns=8)
+        text, turns = sample["context"].lower(), sample["conversations"]
+        assert not re.search(r"[][{}|]", text), text
+        assert not re.search(r"[][{}|]", " ".join(t["content"] for t in turns)), turns
+        for kind, answer in zip(sample["meta"]["turns"], turns[1::2]):
+            assert (kind == "unknown") == (answer["content"] == data.UNKNOWN)
+            unsaid += kind == "unknown"
+    assert unsaid > 100 and not Source("heldout").scene_share and not any(f.scene for f in source.frames)
+    small = set("a an the to of in on at by for and it was were is are you your he she his her they their with no yes because".split())
+    for frame in source.scenes:      # every answer in full, but for a pronoun or an article
+        used, missing, asked = set(), 0, 0
+        fact = source.make_fact(frame, {kind: [c for c in cast if c.gender != "I"] for kind, cast in source.make_cast(rng, used).items()}, rng, used, set())
+        words = set(re.findall(r"\w+", source.text([fact], rng).lower()))
+        for _, answer, _, check, _ in source.questions([fact], rng):
+            asked, missing = asked + 1, missing + (not check and bool(set(re.findall(r"\w+", answer.lower())) - words - small))
+        assert asked > 2 and not missing, (frame.name, fact.statement)
+
+
+def test_follow_ups_stand_behind_their_question(tmp_path):
+    (tmp_path / "words").mkdir(), (tmp_path / "scenes").mkdir(), (tmp_path / "frames").mkdir()
+    for kind in ("x", "names_female", "names_male", "newname", "petname", "city", "newplace"):
+        (tmp_path / f"words/{kind}.txt").write_text("one\n")
+    (tmp_path / "frames/a.txt").write_text("[a.b] w=x\n. It is {w}.\n? What is it? = {w}\n")
+    (tmp_path / "scenes/a.txt").write_text("[shop]\n: w = red | blue\n: t = two | six\n. A [big |]{w} shop opens at {t}.\n? What opens? = a {w} shop\n> When? = {t}\n- Who owns it?\n")
+    source, seen = Source(folder=tmp_path), set()
+    source.scene_share = 1.0
+    for i in range(60):
+        sample = source.sample(random.Random(i), n_turns=3)
+        asked = [t["content"].rstrip("?").lower() for t in sample["conversations"][::2]]
+        answers = [t["content"] for t in sample["conversations"][1::2]]
+        for n, (question, answer) in enumerate(zip(asked, answers)):
+            seen.add(question)
+            if question == "when":
+                assert asked[n - 1] == "what opens" and answer in ("two", "six") and answer in sample["context"]
+            elif question == "who owns it":
+                assert answer == data.UNKNOWN
+    assert {"when", "what opens", "who owns it"} <= seen
