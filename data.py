@@ -748,7 +748,7 @@ class Source:
                 follow = [q for q in items if before and (q[0] == before[0] and q[2] is not before[2] or owned(before, q))]
                 item = rng.choice(follow) if follow and rng.random() < 0.6 else rng.choice(items)
                 items.remove(item)
-                kind, then = "fact", list(item[4]) if rng.random() < 0.7 else []
+                kind, then = "fact", list(item[4]) if item[4] and rng.random() < 0.7 else []
                 question, answer = self.ask(item, rng, cast, before, used)
             else:
                 break

@@ -581,8 +581,11 @@ class Decoder:
     started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds a LoRA too where it
     is float32, and on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise.
     On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
-    overwritten by the next step.
+    overwritten by the next step. compiled: there, what a layer does is compiled first (once for all layers, half a minute), so that
+    some forty small kernels of it become few and its products with one row sums that are read at full speed.
     """
+
+    compiled = False
 
     @staticmethod
     def suits(model, lora):
@@ -654,6 +657,8 @@ class Decoder:
         """token (B,), which continues what the cache holds -> logits (B, V)."""
         if self.layers is None:
             self.join()
+            if self.compiled and self.device.type == "cuda":
+                self.layer = torch.compile(self.layer, dynamic=False, options={"coordinate_descent_tuning": True})
         self.at.fill_(self.cache.used)
         self.cache.used += 1
         if self.device.type != "cuda":
@@ -670,27 +675,32 @@ class Decoder:
 
     def step(self, token, end):
         """token (B,) at position `at` -> logits (B, V). It sees the cache up to `end`; None: all of it, the rest masked."""
-        c, B = self.config, len(token)
-        heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         cos, sin = (t.index_select(0, self.at) for t in self.angles)
         bias = None
         if end is None:
             later = torch.arange(self.cache.length, device=self.device) > self.at
             bias = torch.zeros(1, self.cache.length, dtype=self.dtype, device=self.device).masked_fill_(later, float("-inf"))
         x = self.model.model.embed_tokens(token).to(self.dtype)                                      # (B, H)
-        for (norm1, qkv, norm_qk, o, norm2, gate_up, down), keys, values in zip(self.layers, self.cache.keys, self.cache.values):
-            y = self.product(self.norm(x, norm1), qkv).view(B, -1, D)                                # the heads of q, k, v
-            qk = self.norm(y[:, :heads + kv], norm_qk)
-            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-            keys.index_copy_(2, self.at, qk[:, heads:, None])
-            values.index_copy_(2, self.at, y[:, heads + kv:, None])
-            q = qk[:, :heads].reshape(B, kv, heads // kv, D)                                         # heads of one group: rows over the same keys
-            scores = q @ keys[:, :, :end].mT
-            y = torch.softmax(scores if bias is None else scores + bias, -1) @ values[:, :, :end]
-            x = x + self.product(y.reshape(B, heads * D), o)
-            gate, up = self.product(self.norm(x, norm2), gate_up).chunk(2, -1)
-            x = x + self.product(F.silu(gate) * up, down)
+        for weights, keys, values in zip(self.layers, self.cache.keys, self.cache.values):
+            x = self.layer(x, weights, keys, values, cos, sin, bias, end)
         return self.product(self.norm(x, self.last), self.output)
+
+    def layer(self, x, weights, keys, values, cos, sin, bias, end):
+        """x (B, H) through a layer; keys and values (B, KV, length, D) get those of `at`."""
+        c, B = self.config, len(x)
+        heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        norm1, qkv, norm_qk, o, norm2, gate_up, down = weights
+        y = self.product(self.norm(x, norm1), qkv).view(B, -1, D)                                # the heads of q, k, v
+        qk = self.norm(y[:, :heads + kv], norm_qk)
+        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+        keys.index_copy_(2, self.at, qk[:, heads:, None])
+        values.index_copy_(2, self.at, y[:, heads + kv:, None])
+        q = qk[:, :heads].reshape(B, kv, heads // kv, D)                                         # heads of one group: rows over the same keys
+        scores = q @ keys[:, :, :end].mT
+        y = torch.softmax(scores if bias is None else scores + bias, -1) @ values[:, :, :end]
+        x = x + self.product(y.reshape(B, heads * D), o)
+        gate, up = self.product(self.norm(x, norm2), gate_up).chunk(2, -1)
+        return x + self.product(F.silu(gate) * up, down)
 
     def norm(self, x, weight):
         """RMSNorm with the constants of join in the weight."""
@@ -702,6 +712,35 @@ class Decoder:
         W, A, B = linear
         y = torch.bmm(x.expand(len(W), *x.shape), W).transpose(0, 1).reshape(len(x), -1)
         return y if A is None else y + x @ A @ B
+
+
+class Recorded:
+    """A function of tensors as CUDA graphs, one for each shape of what it is given.
+
+    A pass starts some thousand small kernels, which may take the host longer than the GPU has work with them; a recorded one is
+    started at once. A shape that is met for the first time runs kernel by kernel (libraries set themselves up, layers are compiled) and is
+    recorded when it comes again; the records share one pool of memory, since no two run at the same time. What is returned is
+    overwritten by the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.records, self.pool = function, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs):
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in self.records:
+            self.records[shapes] = None
+            return self.function(*inputs)
+        if self.records[shapes] is None:
+            held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):      # another thread pins the next batches
+                result = self.function(*held)
+            self.records[shapes] = held, graph, result
+        held, graph, result = self.records[shapes]
+        for t, value in zip(held, inputs):
+            t.copy_(value)
+        graph.replay()
+        return result
 
 
 def pick(logits, temperature, top_k, top_p, generator):

@@ -35,7 +35,7 @@ from torch import nn
 
 from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
-from model import (Decoder, LanguageModel, MemoryCache, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
+from model import (Decoder, LanguageModel, MemoryCache, Recorded, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
                    new_folder, read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/small"      # checkpoints/tiny beside it is smaller and faster, and knows less
@@ -231,6 +231,7 @@ class Shine(nn.Module):
         super().__init__()
         self.base, self.tokenizer, self.config = base.requires_grad_(False), tokenizer, config
         self.base_id = fingerprint(base)
+        self.recorded = None               # see record()
         self.reads_only = False            # behind the stage gist: no M2P has trained yet
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules, config.generated)
@@ -316,7 +317,11 @@ class Shine(nn.Module):
 
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
-        c, flat = self.config, self.m2p(memory_states, trace) * math.sqrt(self.config.scale)             # (B, L, P)
+        return self.assemble(self.m2p(memory_states, trace))
+
+    def assemble(self, numbers):
+        """What the M2P says (B, L, P) -> LoRA."""
+        c, flat = self.config, numbers * math.sqrt(self.config.scale)
         info = {"base": self.base_id, "base_name": self.base.name}
         if not c.static_a:
             return self.cut(flat, info)
@@ -340,12 +345,19 @@ class Shine(nn.Module):
                 warnings.warn(f"the text is longer than the {self.config.context_length} tokens this model reads; "
                               f"the last {left} tokens were left out", stacklevel=2)
             rows.append(ids)
-        ids, mask = pad(rows, self.tokenizer.end, multiple=1)
+        ids, mask = (t.to(self.device) for t in pad(rows, self.tokenizer.end, multiple=64 if self.recorded else 1))
         with torch.no_grad():
-            lora = self.to_lora(self.read(ids.to(self.device), mask.to(self.device) if len(rows) > 1 else None))
+            if self.recorded:
+                lora = self.assemble(self.recorded(ids, mask).clone())
+            else:
+                lora = self.to_lora(self.read(ids, mask if len(rows) > 1 else None))
         lora.info |= {"tokens": [len(row) for row in rows],
                       "text": [hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12] for text in texts]}
         return lora
+
+    def record(self):
+        """On a GPU: read texts from now on by CUDA graphs, one for each number of texts and each length, up to the next multiple of 64."""
+        self.recorded = Recorded(lambda ids, mask: self.m2p(self.read(ids, mask)))
 
     def forward(self, batch, total=None):
         """Section 6: the loss of a batch (data.py says its fields); gradients reach all that trains."""

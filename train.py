@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import (Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   train_bpe)
 from m2p import AXES
-from model import (PRESETS, QWEN3, Config, LanguageModel, UserError, pick_device, read_header, read_json, weight_files, write_file,
+from model import (PRESETS, QWEN3, Config, LanguageModel, Recorded, UserError, pick_device, read_header, read_json, weight_files, write_file,
                    write_json)
 from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hypernet, load_tokenizer
 
@@ -649,36 +649,19 @@ def one_pass(module, batch, total):
     return loss.detach()
 
 
-class Graphs:
-    """one_pass of a module as CUDA graphs, one for each shape of a batch.
-
-    A pass starts some thousand small kernels, which may take the host longer than the GPU has work with them; a recorded one is
-    started at once. A shape that is met for the first time runs kernel by kernel (libraries set themselves up, layers are compiled) and is
-    recorded when it comes again; the records share one pool of memory, since no two run at the same time.
-    """
+class Graphs(Recorded):
+    """one_pass of a module as CUDA graphs, one for each shape of a batch."""
 
     def __init__(self, module):
-        self.module, self.records, self.pool = module, {}, torch.cuda.graph_pool_handle()
+        super().__init__(lambda *tensors: one_pass(module, dict(zip(self.fields, tensors)), tensors[-1]))
+        self.module = module
         for p in module.trained().values():      # a record adds to the gradients where they lie now
             p.grad = torch.zeros_like(p)
 
     def __call__(self, module, batch, total):
         assert module is self.module
-        inputs = [*batch.values(), total]
-        shapes = tuple(t.shape for t in inputs)
-        if shapes not in self.records:
-            self.records[shapes] = None
-            return one_pass(self.module, batch, total)
-        if self.records[shapes] is None:
-            held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):      # another thread pins the next batches
-                loss = one_pass(self.module, dict(zip(batch, held)), held[-1])
-            self.records[shapes] = held, graph, loss
-        held, graph, loss = self.records[shapes]
-        for t, value in zip(held, inputs):
-            t.copy_(value)
-        graph.replay()
-        return loss      # overwritten by the next pass of this shape
+        self.fields = list(batch)
+        return super().__call__(*batch.values(), total)
 
 
 def gradients(step_module, micro, clips, clip, world, device, run_pass=one_pass):

@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Ids, Parser, positive, run
-from model import QWEN3, Config, Decoder, LanguageModel, lora_layout, pick_device, read_json, write_json
+from model import QWEN3, Config, Decoder, LanguageModel, Recorded, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig
 from train import Graphs, compile_layers, one_pass
 
@@ -184,6 +184,9 @@ def reading(shine, lengths, batches=(1, 16)):
             total, m2p = median(lambda: shine.generate_lora(ids, None), 5, 1, 30), median(lambda: shine.m2p(states), 5, 1, 10)
             parts = {"reading": median(lambda: shine.read(ids), 5, 1, 20), "M2P": m2p, "cutting": max(0.0, median(lambda: shine.to_lora(states), 5, 1, 10) - m2p)}
             rows[f"{B} x {N}"] = {"ms": 1000 * total} | {name: part / sum(parts.values()) for name, part in parts.items()}
+            if ids.is_cuda:
+                recorded = Recorded(lambda ids: shine.m2p(shine.read(ids)))
+                rows[f"{B} x {N}"]["as a CUDA graph: ms"] = 1000 * median(lambda: shine.assemble(recorded(ids)), 5, 3, 10)
     return rows
 
 
@@ -207,6 +210,9 @@ def answering(shine, lengths, bandwidth, new=64, prompt=32):
     decoder = lambda lora: Decoder(base, lora) if Decoder.suits(base, lora) else None      # as a conversation has one
     rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=decoder(lora)), "LoRA, layer by layer": timed(ask, lora),
             "no LoRA, layer by layer": timed(ask), "16 questions, 16 LoRAs": timed(ask.expand(16, -1).contiguous(), many)}
+    if ask.is_cuda and (compiled := decoder(lora)):
+        compiled.compiled = True
+        rows["LoRA, its layers compiled"] = timed(ask, lora, decoder=compiled)
     plain = decoder(None)
     for n in (0, *lengths):
         rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device), decoder=plain)

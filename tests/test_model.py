@@ -184,6 +184,19 @@ def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype,
                 assert decoder.cache.used == static + 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_with_compiled_layers_gives_the_same_logits(ids, dtype):
+    base = LanguageModel(Config()).to("cuda", dtype)
+    lora, ids = map_lora(lambda t: t.cuda(), random_lora(base.config)[0]), ids[:1].cuda()
+    decoder = Decoder(base, lora)
+    decoder.compiled, cache = True, decoder.room(1, 40)
+    with torch.inference_mode():
+        base.hidden(ids[:, :5], None, lora, cache)
+        for t in range(5, 9):
+            assert close(decoder(ids[:, t]), base(ids[:, :t + 1], None, lora)[:, -1], 1e-4 if dtype == torch.float32 else 0.03)
+
+
 def test_generation_with_and_without_a_decoder_is_the_same(base, ids):
     lora, _ = random_lora(base.config)
     decoder = Decoder(base, lora)

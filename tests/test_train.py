@@ -16,7 +16,7 @@ import shine
 import train
 from conftest import ROOT, close
 from data import Examples, batches, collate, render
-from model import Config, UserError
+from model import Config, UserError, flatten
 from shine import Shine, ShineConfig
 from train import Base, Watch, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
@@ -109,6 +109,32 @@ class Recorder:
         loss = torch.zeros(())
         self.graph.run = lambda: loss.copy_(self.one_pass(*args))
         return loss
+
+    def recordable(self, function):
+        """A function of tensors to a tensor, as it runs inside and outside of a recording."""
+        def run(*args):
+            if self.graph is None:
+                return function(*args)
+            result = torch.zeros_like(function(*args))
+            self.graph.run = lambda: result.copy_(function(*args))
+            return result
+        return run
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_texts_read_by_recorded_passes_give_the_same_lora(shine, monkeypatch, device):
+    """Of each shape the first text is read as it comes, the second recorded, the third replayed; an earlier LoRA is not overwritten."""
+    recorder = Recorder(monkeypatch) if device == "cpu" else None
+    shine.to(device)
+    texts = ["Mara has a red hat.", "Tom sings.", "A goat sleeps here.", ["One hat.", "Two green hats."], ["Three.", "Four goats and a hen."], ["A.", "B."]]
+    expected = [shine.generate_lora(text) for text in texts]
+    shine.record()
+    if recorder:
+        shine.recorded.function = recorder.recordable(shine.recorded.function)
+    got = [shine.generate_lora(text) for text in texts]
+    for lora, same in zip(got, expected):
+        assert close(flatten(lora), flatten(same))
+    assert len(shine.recorded.records) == 2 and not close(flatten(got[1]), flatten(got[2]))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
