@@ -96,8 +96,12 @@ def training():
 def from_nothing():
     figure, axis = plt.subplots(figsize=(7.5, 2.6))
     began = 0.0
-    for (stage, run), color in zip(json.loads((RESULTS / MODEL / "from_nothing.json").read_text()).items(), ("#e08a2e", "#8a8a8a", "#2f80d0")):
-        axis.plot([began + m for m, _ in run["losses"]], [loss for _, loss in run["losses"]], color=color, label=stage)
+    seen = set()
+    for name, run in json.loads((RESULTS / MODEL / "from_nothing.json").read_text()).items():
+        stage = name.split()[0]      # "base 2" goes on with "base"
+        axis.plot([began + m for m, _ in run["losses"]], [loss for _, loss in run["losses"]],
+                  color={"base": "#e08a2e", "gist": "#8a8a8a", "pretrain": "#2f80d0"}[stage], label=None if stage in seen else stage)
+        seen.add(stage)
         began += run["minutes"]
     axis.set_yscale("log")
     axis.set_xlabel("minutes of training on one GPU")
@@ -194,7 +198,7 @@ def keep_whole(logs):
         stages[name] = {"machine": head["machine"], "torch": head["torch"], "minutes": steps[-1]["seconds"] / 60, "batch": head["args"]["batch"], "steps": len(steps),
                         "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],
                         "losses": [(round(part[-1]["seconds"] / 60, 3), round(statistics.mean(s["loss"] for s in part), 4)) for i in range(0, len(steps), every) if (part := steps[i:i + every])],
-                        "evaluations": [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]}
+                        "evaluations": [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line and head["args"]["eval_texts"] >= 30]}      # fewer say nothing
     write_json(result, stages)
 
 

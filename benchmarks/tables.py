@@ -96,7 +96,8 @@ def baselines():
         em_f1 = lambda scored: f"{cell(scored['em'])} | {scored['f1']['mean']:.1f}"
         lines.append(f"| {title} | {em_f1(scored)} | " + " | ".join(costs) + f" | {em_f1(tiny['conditions'][condition])} | " + (f"{other['prepare s']:.3g} |" if other else "|"))
     rates = lambda r: ", ".join(f"{k} {v:g}" for k, v in r["learning rates"].items())
-    return "\n".join(lines) + f"\n\n{small['texts']} held-out generated texts, {small['conditions']['shine']['em']['questions']} questions; learning rates (chosen on 16 other texts) {rates(small)} " \
+    counts = ", of tiny ".join(dict.fromkeys(f"{r['texts']} held-out generated texts, {r['conditions']['shine']['em']['questions']} questions" for r in (small, tiny)))
+    return "\n".join(lines) + f"\n\n{counts}; learning rates (chosen on 16 other texts) {rates(small)} " \
         f"(tiny {rates(tiny)}); costs on {' and '.join(dict.fromkeys((small['machine'], tiny['machine'])))}, one thread beside another process, medians of five texts."
 
 
@@ -114,10 +115,10 @@ def from_nothing():
     """The run on one GPU that made checkpoints/small, stage by stage."""
     lines = ["| stage | minutes | batch | steps | samples | tokens, M | tokens/s | waiting for data | loss, unseen texts | text in the prompt | SHINE | reconstruction |", "|---" * 12 + "|"]
     for stage, run in read("small/from_nothing").items():
-        last, em = run["evaluations"][-1], {k: v for e in run["evaluations"] for k, v in e.items()}
+        last, em = (run["evaluations"] or [{}])[-1], {k: v for e in run["evaluations"] for k, v in e.items()}
         percent = lambda x: f"{100 * x:.1f} %" if x is not None else ""
         lines.append(f"| `{stage}` | {run['minutes']:.1f} | {run['batch']} | {run['steps']:,} | {run['samples']:,} | {run['tokens'] / 1e6:.1f} | {run['tokens'] / run['minutes'] / 60:,.0f} | "
-                     f"{percent(run['waited'] / run['minutes'] / 60)} | {last['loss']:.2f} | " + " | ".join(
+                     f"{percent(run['waited'] / run['minutes'] / 60)} | {format(last['loss'], '.2f') if last else ''} | " + " | ".join(
                          percent(em[k]["em"]) if k in em else "" for k in ("in-context", "shine")) + f" | {percent(last.get('reconstruction'))} |")
     return "\n".join(lines)
 

@@ -156,7 +156,7 @@ def test_saving_where_one_cannot(tmp_path):
 
 def test_data_command_shows_and_writes(tmp_path):
     run = shell("--count", "1", script="data.py")
-    assert run.returncode == 0 and "\033[92m" in run.stdout and run.stdout.count("===") == 6
+    assert run.returncode == 0 and "\033[92m" in run.stdout and run.stdout.count("===") == 7
     run = shell("--write", tmp_path / "x.jsonl", "--count", "5", script="data.py")
     assert run.returncode == 0 and len((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 

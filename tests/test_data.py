@@ -122,7 +122,7 @@ def test_pronouns_first_person_and_articles():
     assert frame.facts == 1
 
 
-@pytest.mark.parametrize("line", ["[no slots", "[a.b] A=person", ". a line without a head"])
+@pytest.mark.parametrize("line", ["[no slots", "[a.b] A=person", ". a line without a head", "[a.b] A=person\n> Why? = {A}", "[a.b] A=person\n: x y"])
 def test_bad_frames_are_named(tmp_path, line):
     (tmp_path / "words").mkdir(), (tmp_path / "frames").mkdir()
     (tmp_path / "frames/x.txt").write_text(line + "\n. {Z} is here.\n")
