@@ -457,9 +457,10 @@ def load_assets(folder=ASSETS):
                 if not frames:
                     raise UserError(f"{where}: a line before the first [head]")
                 frames[-1].add(line, where)
-    unseen = {line.lower() for lines in words.values() if open_class(lines) for line in lines if held_out(line)}
+    bare = lambda value: re.sub("^(an?|the) ", "", value.lower())
+    unseen = {bare(line) for lines in words.values() if open_class(lines) for line in lines if held_out(line)}
     for frame in frames:      # a scene's own lists are for training: without what is held out
-        own = {slot: tuple(v for v in values if re.sub("^(an?|the) ", "", v.lower()) not in unseen) for slot, values in frame.slots.items() if isinstance(values, tuple)}
+        own = {slot: tuple(v for v in values if bare(v) not in unseen) for slot, values in frame.slots.items() if isinstance(values, tuple)}
         frame.slots |= {slot: values for slot, values in own.items() if values}
     return words, frames
 

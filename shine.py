@@ -348,7 +348,7 @@ class Shine(nn.Module):
         ids, mask = (t.to(self.device) for t in pad(rows, self.tokenizer.end, multiple=64 if self.recorded else 1))
         with torch.no_grad():
             if self.recorded:
-                lora = self.assemble(self.recorded(ids, mask).clone())
+                lora = self.assemble(self.recorded(ids, mask))      # which makes new tensors: a record overwrites its own
             else:
                 lora = self.to_lora(self.read(ids, mask if len(rows) > 1 else None))
         lora.info |= {"tokens": [len(row) for row in rows],
