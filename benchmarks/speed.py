@@ -267,14 +267,17 @@ def kernels(size, device, dtype, top=20):
     on a GPU, then, the step as CUDA graphs, compiled, and both."""
     from torch.profiler import ProfilerActivity, profile
     cuda = device.type == "cuda"
-    B, N, S = ((4, 1024, 1024) if size in QWEN3 else (128, 64, 160)) if cuda else (4, 64, 160)
+    B, N, S = ((12, 1024, 1024) if size in QWEN3 else (128, 64, 160)) if cuda else (4, 64, 160)
     shine = build(size, device, dtype)
     optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True)
     batch = batch_of(B, N, S, shine.base.config.vocab_size, device)
     work, rate = flops(shine.base.config, shine.config, shine.M, B, N, S, len(batch["counted"])), matmul_rate(dtype, device, 8192 if cuda else 2048)
 
     def timed(name, run_pass=one_pass):
-        seconds = median(lambda: step(shine, batch, optimizer, run_pass), 10, 4)
+        try:
+            seconds = median(lambda: step(shine, batch, optimizer, run_pass), 10, 4)
+        except torch.OutOfMemoryError:
+            return print(f"{size}, {B} x ({N} + {S}), {name}: does not fit into the memory", flush=True)
         print(f"{size}, {B} x ({N} + {S}), {name}: {1000 * seconds:.1f} ms a step, {work / seconds / rate:.1%} of the matrix product's {rate / 1e12:.3g} TFLOP/s", flush=True)
     timed("as it is")
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
