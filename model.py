@@ -409,13 +409,14 @@ class LanguageModel(nn.Module):
         return self.head(self.hidden(input_ids, attention_mask, lora))
 
     def loss(self, batch, lora=None, total=None, memory=None):
-        """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6).
+        """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6). A batch without
+        an "attention_mask" has full rows of one conversation each, which needs no bias: half the scores, none of them kept.
 
         total: what the sum is divided by; None: the sum of this batch's weights. memory: a filled MemoryCache that every
         conversation sees. Logits are computed only where a token counts: at the positions batch["counted"] (K,) of the flattened
         (B, S - 1); found here where the batch lacks them.
         """
-        hidden = self.hidden(batch["input_ids"], batch["attention_mask"], lora, memory=memory)[:, :-1].flatten(0, 1)
+        hidden = self.hidden(batch["input_ids"], batch.get("attention_mask"), lora, memory=memory)[:, :-1].flatten(0, 1)
         weights, targets = batch["weights"][:, 1:].flatten(), batch["input_ids"][:, 1:].flatten()
         counted = batch["counted"] if "counted" in batch else weights.nonzero()[:, 0]
         logits = self.head(hidden[counted]).float()                                          # (K, V)
@@ -725,18 +726,19 @@ class Recorded:
 
     def __init__(self, function):
         self.function, self.records, self.pool = function, {}, torch.cuda.graph_pool_handle()
+        self.kind = ()      # what else than shapes tells one record from another
 
     def __call__(self, *inputs):
-        shapes = tuple(t.shape for t in inputs)
-        if shapes not in self.records:
-            self.records[shapes] = None
+        key = self.kind, *(t.shape for t in inputs)
+        if key not in self.records:
+            self.records[key] = None
             return self.function(*inputs)
-        if self.records[shapes] is None:
+        if self.records[key] is None:
             held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):      # another thread pins the next batches
                 result = self.function(*held)
-            self.records[shapes] = held, graph, result
-        held, graph, result = self.records[shapes]
+            self.records[key] = held, graph, result
+        held, graph, result = self.records[key]
         for t, value in zip(held, inputs):
             t.copy_(value)
         graph.replay()

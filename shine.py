@@ -308,7 +308,7 @@ class Shine(nn.Module):
 
     # ------------------------------------------------------------------------ the two passes
     def read(self, context_ids, mask=None, keep=None):
-        """Section 3: ids (B, N), mask (B, N) -> memory states (B, L, M, H); their keys and values in `keep`, a MemoryCache."""
+        """Section 3: ids (B, N), mask (B, N) or None -> memory states (B, L, M, H); their keys and values in `keep`, a MemoryCache."""
         flat = self.meta_lora
         if torch.is_grad_enabled() and self.base.compute_dtype:      # in training cast once, not pair by pair; else a second copy of all would be too large
             flat = flat.to(self.base.compute_dtype)
@@ -361,16 +361,17 @@ class Shine(nn.Module):
 
     def forward(self, batch, total=None):
         """Section 6: the loss of a batch (data.py says its fields); gradients reach all that trains."""
-        return self.base.loss(batch, self.generate_lora(batch["context_ids"], batch["context_mask"]), total)
+        return self.base.loss(batch, self.generate_lora(batch["context_ids"], batch.get("context_mask")), total)
 
     def gist(self, batch, total=None):
         """The loss of a batch where the conversation attends to keys and values of the memory tokens, in every layer, in the place
         of a LoRA: no M2P in between, so that reading is learnt many times sooner (gist tokens, Mu et al. 2023; not in the paper)."""
-        return self.base.loss(batch, None, total, self.memory_cache(batch["context_ids"], batch["context_mask"]))
+        return self.base.loss(batch, None, total, self.memory_cache(batch["context_ids"], batch.get("context_mask")))
 
     def memory_cache(self, context_ids, mask):
-        """ids (B, N), mask (B, N) -> the MemoryCache that a conversation about these texts sees."""
-        cache = MemoryCache(self.M, mask.sum(1) + self.M)
+        """ids (B, N), mask (B, N) or None -> the MemoryCache that a conversation about these texts sees."""
+        lengths = context_ids.new_full((len(context_ids),), context_ids.shape[1]) if mask is None else mask.sum(1)
+        cache = MemoryCache(self.M, lengths + self.M)
         self.read(context_ids, mask, cache)
         return cache.filled()
 

@@ -653,14 +653,14 @@ class Graphs(Recorded):
     """one_pass of a module as CUDA graphs, one for each shape of a batch."""
 
     def __init__(self, module):
-        super().__init__(lambda *tensors: one_pass(module, dict(zip(self.fields, tensors)), tensors[-1]))
+        super().__init__(lambda *tensors: one_pass(module, dict(zip(self.kind, tensors)), tensors[-1]))
         self.module = module
         for p in module.trained().values():      # a record adds to the gradients where they lie now
             p.grad = torch.zeros_like(p)
 
     def __call__(self, module, batch, total):
         assert module is self.module
-        self.fields = list(batch)
+        self.kind = tuple(batch)      # with masks or without
         return super().__call__(*batch.values(), total)
 
 
@@ -670,7 +670,8 @@ def gradients(step_module, micro, clips, clip, world, device, run_pass=one_pass)
     -> (1 + groups,): the loss, then the norm of each clipping group before clipping, still on the device: whoever reads them waits for
     it. The gradients, clipped, are in the parameters. run_pass: one_pass, or a Graphs of the module.
     """
-    micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in micro]
+    says_nothing = lambda k, v: k.endswith("_mask") and bool((v == 1).all())      # on the CPU still: nothing waits for the device
+    micro = [{k: v.to(device, non_blocking=True) for k, v in batch.items() if not says_nothing(k, v)} for batch in micro]
     total = torch.stack([batch["weights"][:, 1:].sum() for batch in micro]).sum()
     if world > 1:
         dist.all_reduce(total)
@@ -788,7 +789,7 @@ def main(argv=None):
         if progress >= 1:
             break
 
-        tokens = world * sum(int((batch["attention_mask"] > 0).sum() + (batch["context_mask"].sum() if "context_mask" in batch else 0)) for batch in micro)
+        tokens = world * sum(int((mask > 0).sum()) for batch in micro for name, mask in batch.items() if name.endswith("_mask"))
         lr = learning_rate(progress, state["step"], args.lr, args.warmup) * state.get("slowed", 1.0)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group["peak"] / args.lr

@@ -93,13 +93,12 @@ def build(size, device, dtype):
 
 
 def batch_of(B, N, S, vocab, device):
-    """Full rows: N context tokens, S conversation tokens of which half carry loss."""
+    """Full rows, so without masks: N context tokens, S conversation tokens of which half carry loss."""
     g = torch.Generator().manual_seed(1)
     ids = lambda n: torch.randint(5, vocab, (B, n), generator=g)
     weights = torch.ones(B, S)
     weights[:, :S // 2] = 0
-    out = {"context_ids": ids(N), "context_mask": torch.ones(B, N, dtype=torch.bool), "input_ids": ids(S), "attention_mask": torch.ones(B, S, dtype=torch.bool),
-           "weights": weights, "counted": weights[:, 1:].flatten().nonzero()[:, 0]}
+    out = {"context_ids": ids(N), "input_ids": ids(S), "weights": weights, "counted": weights[:, 1:].flatten().nonzero()[:, 0]}
     return {k: v.to(device) for k, v in out.items()}
 
 
@@ -264,7 +263,7 @@ def growth(device, dtype):
 
 def kernels(size, device, dtype, top=20):
     """Print what a step of the hypernetwork (with AdamW) spends its time on: each kernel's (on a CPU: operation's) own, and the whole step's;
-    on a GPU, then, the step as CUDA graphs, compiled, and both."""
+    on a GPU, then, the step as CUDA graphs, compiled (with its kernels), and both."""
     from torch.profiler import ProfilerActivity, profile
     cuda = device.type == "cuda"
     B, N, S = ((12, 1024, 1024) if size in QWEN3 else (128, 64, 160)) if cuda else (4, 64, 160)
@@ -279,20 +278,24 @@ def kernels(size, device, dtype, top=20):
         except torch.OutOfMemoryError:
             return print(f"{size}, {B} x ({N} + {S}), {name}: does not fit into the memory", flush=True)
         print(f"{size}, {B} x ({N} + {S}), {name}: {1000 * seconds:.1f} ms a step, {work / seconds / rate:.1%} of the matrix product's {rate / 1e12:.3g} TFLOP/s", flush=True)
+
+    def listed(top):
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+            step(shine, batch, optimizer)
+            if cuda:
+                torch.cuda.synchronize()
+        own = lambda row: row.self_device_time_total if cuda else row.self_cpu_time_total      # microseconds
+        rows = sorted((row for row in seen.key_averages() if own(row)), key=own, reverse=True)      # without the launches, which have no device time
+        print(f"{sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
+        print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]), flush=True)
     timed("as it is")
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
-        step(shine, batch, optimizer)
-        if cuda:
-            torch.cuda.synchronize()
-    own = lambda row: row.self_device_time_total if cuda else row.self_cpu_time_total      # microseconds
-    rows = sorted((row for row in seen.key_averages() if own(row)), key=own, reverse=True)      # without the launches, which have no device time
-    print(f"{sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
-    print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]), flush=True)
+    listed(top)
     if cuda:
         timed("CUDA graphs", Graphs(shine))
         optimizer.zero_grad(set_to_none=True)
         compile_layers(shine.base, shine)
         timed("compiled")
+        listed(top)
         timed("compiled, CUDA graphs", Graphs(shine))
 
 

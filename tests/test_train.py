@@ -146,7 +146,8 @@ def test_recorded_passes_give_the_same_gradients(shine, tokenizer, monkeypatch, 
     examples, total = Examples("finetune", tokenizer, 60, 200, max_facts=1), torch.tensor(7.0, device=device)
     first, second = (collate([examples(i) for i in numbers], tokenizer, 32, quarters=True) for numbers in ((0, 1), (2, 3, 4)))
     other = lambda batch, k: {name: ((v + k) % 256 if name.endswith("_ids") else v).to(device) for name, v in batch.items()}
-    mixed = [other(batch, k) for k in range(3) for batch in (first, second)]
+    full = {name: v for name, v in first.items() if not name.endswith("_mask")}      # as gradients() passes on full rows
+    mixed = [other(batch, k) for k in range(3) for batch in (first, second, full)]
     expected = []
     for batch in mixed:
         loss = shine(batch, total)
@@ -158,7 +159,21 @@ def test_recorded_passes_give_the_same_gradients(shine, tokenizer, monkeypatch, 
         assert close(graphs(shine, batch, total), loss)
         assert all(close(p.grad, g, 1e-4) for p, g in zip(shine.trained().values(), gradients))
         shine.zero_grad(set_to_none=False)
-    assert [p.grad.data_ptr() for p in shine.trained().values()] == where and len(graphs.records) == 2
+    assert [p.grad.data_ptr() for p in shine.trained().values()] == where and len(graphs.records) == 3
+
+
+def test_masks_of_full_rows_are_left_out(shine, tokenizer):
+    """They say nothing, and attention without a bias is the cheaper one; what is padded keeps its mask."""
+    ids = torch.arange(2 * 12).view(2, 12) % 200
+    for padding in (0, 3):
+        mask = torch.ones(2, 12, dtype=torch.bool)
+        mask[1, 12 - padding:] = False
+        batch = {"context_ids": ids, "context_mask": mask, "input_ids": ids.flip(1), "attention_mask": mask.long(), "weights": mask.float()}
+        expected, seen = shine(batch).detach(), []
+        report = train.gradients(shine, [batch], {"all": list(shine.trained().values())}, 1.0, 1, torch.device("cpu"),
+                                 lambda module, batch, total: seen.append(set(batch)) or train.one_pass(module, batch, total))
+        assert close(report[0], expected)
+        assert seen == [set(batch) if padding else {"context_ids", "input_ids", "weights"}]
 
 
 def test_quarters_change_no_loss(base, tokenizer):
