@@ -495,11 +495,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("size", ["reference", "tiny"])      # a LoRA for seven linears; B alone for one
 def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from benchmarks.speed import batch_of, build, flops
+    from benchmarks.speed import batch_of, build, counted, flops
     shine = build(size, torch.device("cpu"), torch.float32)
     config, hyper, batch = shine.base.config, shine.config, batch_of(2, 64, 48, shine.base.config.vocab_size, "cpu")
-    with FlopCounterMode(display=False) as counter:
-        shine(batch).backward()
-    assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counted(lambda: shine(batch).backward()), rel=0.05)
