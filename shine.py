@@ -276,13 +276,18 @@ class Shine(nn.Module):
     @torch.no_grad()
     def retargeted(self, config, texts, seed=0):
         """A hypernetwork with this one's reading and M2P that generates a LoRA of another rank, for other linears, or of B alone.
-        What its memory tokens say is new, so it has to be trained. UserError where that LoRA takes another number of memory tokens.
+        What its memory tokens say is new, so it has to be trained. UserError where that LoRA takes another number of memory tokens,
+        unless it only grows: where B alone of one linear is generated a higher rank takes more memory tokens behind those that are there,
+        whose rows of B are met by columns of A that start at zero.
 
         Where A becomes static it starts as this one's mean over `texts` in the ranks whose B is still read at the same place, else at zero.
         (Not in the paper; benchmarks/RUNS.md, "B alone".)
         """
         new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
-        if new.M != self.M:
+        c = self.config
+        layout = lora_layout(base, config.target_modules)
+        grows = c.static_a and config.static_a and c.target_modules == config.target_modules and len(layout) == 1 and config.r > c.r
+        if new.M != self.M and not grows:
             rank, left = divmod(config.r * self.M, new.M)
             raise UserError(f"such a LoRA is cut out of {new.M} memory tokens, this hypernetwork has {self.M}: "
                             + ("" if left else f"choose a rank of {rank}, or ") + "train a new one")
@@ -290,6 +295,11 @@ class Shine(nn.Module):
         for name, p in self.trained().items():
             if name in own and p.shape == own[name].shape:
                 own[name].data = p.data.clone()
+            elif grows and name in ("memory", "m2p.token_pe"):
+                own[name].data[:len(p)] = p.data
+            elif grows and name == "lora_a":      # (L, in * r)
+                A, old = (t.data.view(len(t), layout[0][1], -1) for t in (own[name], p))
+                A.zero_()[:, :, :c.r] = old
         if config.static_a and not self.config.static_a:
             where = [cut(torch.arange(self.P, device=self.device).repeat(base.num_hidden_layers, 1), base, c.r, c.target_modules, c.generated)[0]
                      for c in (self.config, config)]      # which of the P numbers each A and B is made of

@@ -401,7 +401,7 @@ def parse(argv):
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
-    add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4)")
+    add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4); larger than that of --hypernet, where it generates B of one linear: it grows")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")

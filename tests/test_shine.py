@@ -274,3 +274,20 @@ def test_a_lora_whose_a_is_the_same_for_every_text(base, tokenizer, batch, tmp_p
         old.retargeted(replace(pairs, r=9, target_modules="down_proj", static_a=True), texts)
     with pytest.raises(UserError, match="a multiple of 2 fits"):
         Shine(base, tokenizer, replace(config, r=3, target_modules="k_proj"))
+
+
+def test_a_lora_of_b_alone_grows(base, tokenizer, batch):
+    """More rank takes more memory tokens: reading says the same to the old ones, which stand before them, and the new ranks add nothing until they train."""
+    config = ShineConfig(r=16, meta_r=3, target_modules="down_proj", static_a=True, scale=0.05)
+    old = Shine(base, tokenizer, config, seed=3)
+    with torch.no_grad():
+        old.m2p.token_pe.normal_()
+    new = old.retargeted(replace(config, r=24), [], seed=4)
+    ids = torch.tensor([[65, 66, 67]])
+    assert new.M == 24 and close(new.read(ids)[:, :, :16], old.read(ids)) and torch.equal(new.m2p.token_pe[:16], old.m2p.token_pe)
+    for (A, B), (was, _) in zip(*([layer["mlp.down_proj"] for layer in s.generate_lora(["Mara."])] for s in (new, old))):
+        assert torch.equal(A[:, :, :16], was) and not A[:, :, 16:].any() and B[:, 16:].any()
+    new(batch).backward()
+    assert new.lora_a.grad.view(2, 64, 24)[:, :, 16:].any()
+    with pytest.raises(UserError, match="24 memory tokens, this hypernetwork has 16"):      # another linear's rows of B
+        old.retargeted(replace(config, r=24, target_modules="o_proj"), [])
