@@ -83,13 +83,13 @@ def training():
         for condition, (label, color) in CONDITIONS.items():
             found = [(p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]
             if len(found) == 1:      # measured once, since the language model is frozen
-                axis.axhline(found[0][1], color=color, linestyle="--")
+                axis.axhline(found[0][1], color=color, linestyle="--", label=label)
             elif found:
                 axis.plot(*zip(*found), "o-", color=color, label=label, markersize=3)
         axis.set_title(stage, fontsize=10)
         axis.set_xlabel("thousand samples")
     axes[0].set_ylabel("exact match, %")
-    axes[-1].legend(frameon=False)
+    axes[-1].legend(frameon=False, fontsize=7)
     save(figure, "training.svg")
 
 
@@ -177,12 +177,15 @@ def scaling():
 
 
 def keep(logs, result):
-    """NAME=RUN ... -> results/RESULT.json: the evaluations that train.py logged."""
-    stages = {}
+    """NAME=RUN ... -> results/RESULT.json: the evaluations that train.py logged. A NAME without a RUN stays as it is there."""
+    stages, path = {}, RESULTS / f"{result}.json"
     for name, _, folder in (log.partition("=") for log in logs):
+        if not folder:
+            stages[name] = json.loads(path.read_text(encoding="utf-8"))[name]
+            continue
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         stages[name] = [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]
-    write_json(RESULTS / f"{result}.json", stages)
+    write_json(path, stages)
 
 
 def keep_whole(logs):

@@ -245,6 +245,8 @@ def main(argv=None):
     add("--data", help="JSON lines: context, conversations, optionally accept (right answers of each question)")
     add("--generate", type=positive(int), metavar="N", help="N held-out generated texts instead")
     add("--split", choices=("heldout", "train"), default="heldout", help="with --generate: words never used in training, or those used")
+    add("--scenes", nargs="?", const="", metavar="PREFIX", help="with --generate: scenes of assets/scenes, all or those whose names begin so, filled with such words: how well "
+        "what training has met is learnt, no evaluation set")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
     add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept")
@@ -267,10 +269,15 @@ def main(argv=None):
         records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
     else:
         source = Source(args.split)
+        if args.scenes is not None:
+            source.scene_share, source.scenes = 1.0, [f for f in source.scenes if f.name.startswith(tuple(args.scenes.split(",")))]
+            if not source.scenes:
+                raise UserError(f"--scenes {args.scenes}: no scene of assets/scenes begins so")
         records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ())
                    for i in range(args.generate)]
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
-    about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}",
+    about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}"
+             + (f", scenes {args.scenes or 'of all names'}" if args.scenes is not None else ""),
              "model": Path(args.model).name, "language model": shine.base_id, "machine": why, "threads": torch.get_num_threads(),
              "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if different := [k for k in ("set", "language model", "texts") if kept.get(k, about[k]) != about[k]]:

@@ -98,7 +98,7 @@ def baselines():
     rates = lambda r: ", ".join(f"{k} {v:g}" for k, v in r["learning rates"].items())
     counts = ", of tiny ".join(dict.fromkeys(f"{r['texts']} held-out generated texts, {r['conditions']['shine']['em']['questions']} questions" for r in (small, tiny)))
     return "\n".join(lines) + f"\n\n{counts}; learning rates (chosen on 16 other texts) {rates(small)} " \
-        f"(tiny {rates(tiny)}); costs on {' and '.join(dict.fromkeys((small['machine'], tiny['machine'])))}, one thread beside another process, medians of five texts."
+        f"(tiny {rates(tiny)}); costs on {' and '.join(dict.fromkeys((small['machine'], tiny['machine'])))}, one thread beside other processes, medians of five texts."
 
 
 def latency():
