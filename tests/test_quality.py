@@ -50,10 +50,14 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch):
     assert table["ttt 30"]["MiB to prepare"] > 0
 
 
+def save(shine, folder):
+    shine.save(folder)
+    save_base(shine.base, folder)
+    shine.tokenizer.save(folder)
+
+
 def test_one_condition_anew_keeps_the_others_of_the_same_texts_and_language_model(shine, tmp_path):
-    shine.save(tmp_path / "m")
-    save_base(shine.base, tmp_path / "m")
-    shine.tokenizer.save(tmp_path / "m")
+    save(shine, tmp_path / "m")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record(t)) for t in TEXTS))
     out, run = tmp_path / "out.json", ["--data", str(tmp_path / "a.jsonl"), "--model", str(tmp_path / "m"), "--device", "cpu", "--json", str(tmp_path / "out.json")]
     quality.main(run)
@@ -67,6 +71,16 @@ def test_one_condition_anew_keeps_the_others_of_the_same_texts_and_language_mode
     assert again["shine"]["seconds"] >= 0 and again["shine"]["em"] == whole["conditions"]["shine"]["em"]
     with pytest.raises(UserError, match="its texts is 2, here it is 1"):
         quality.main([*run, "--only", "shine", "--limit", "1"])
+
+
+def test_scenes_of_some_names_are_scored(shine, tmp_path):
+    save(shine, tmp_path / "m")
+    run = ["--generate", "3", "--turns", "1", "--only", "question", "--model", str(tmp_path / "m"), "--device", "cpu", "--json", str(tmp_path / "o.json"), "--answers", str(tmp_path / "a.json")]
+    quality.main([*run, "--scenes", "ru_skip,zz_"])
+    assert json.loads((tmp_path / "o.json").read_text())["set"].endswith("scenes ru_skip,zz_")
+    assert all("pass" in answer["context"] for answer in json.loads((tmp_path / "a.json").read_text()))
+    with pytest.raises(UserError, match="no scene of assets/scenes begins so"):
+        quality.main([*run, "--scenes", "zz_"])
 
 
 def test_tables_of_the_readme_are_those_of_the_results():
