@@ -644,6 +644,8 @@ def chat(shine, lora, text, options, say, talk):
                 talk, rivals = Conversation(shine, lora, **options), {}
                 say("the conversation is cleared, the text is kept")
             elif command in ("/text", "/file"):
+                if command == "/file" and not rest.strip():
+                    raise UserError("/file needs a path")
                 new = rest if command == "/text" else read_text(argparse.Namespace(text=None, file=rest.strip(), load=None))
                 lora, _ = absorb(shine, new, say)
                 text, talk, rivals = new, Conversation(shine, lora, **options), {}
@@ -688,6 +690,7 @@ def check_flags(args):
              "--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1"),
             (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "out", "save", "export_peft", "merge_into", "logits")),
              "a path is empty"),
+            (not all(question.strip() for question in args.ask), "a question of --ask is empty"),
             (args.model and (args.base or args.hypernet), "--model DIR holds both parts: give it, or --base DIR and --hypernet DIR"),
             (args.hypernet and not args.base, "--hypernet needs the language model it was made for: --base DIR"),
             (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
