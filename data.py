@@ -8,6 +8,8 @@
     weights             (B, S)   float32  weight of the loss of predicting input_ids[:, t]; 0 = not counted
     counted             (K,)     int64    the loss: where the flattened weights[:, 1:] are not 0 (and some where they are, see collate)
 
+A mask of ones only may be absent: train.gradients leaves it out.
+
 One conversation (tokens between bars, the ones that carry loss in capitals); ids and weights come from one call:
 
     <|im_start|>|user|\n| where| is| the| parrot|?|<|im_end|>|\n|<|im_start|>|assistant|\n| THE| LIGHTHOUSE|<|IM_END|>|\n

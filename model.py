@@ -726,19 +726,18 @@ class Recorded:
 
     def __init__(self, function):
         self.function, self.records, self.pool = function, {}, torch.cuda.graph_pool_handle()
-        self.kind = ()      # what else than shapes tells one record from another
 
     def __call__(self, *inputs):
-        key = self.kind, *(t.shape for t in inputs)
-        if key not in self.records:
-            self.records[key] = None
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in self.records:
+            self.records[shapes] = None
             return self.function(*inputs)
-        if self.records[key] is None:
+        if self.records[shapes] is None:
             held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):      # another thread pins the next batches
                 result = self.function(*held)
-            self.records[key] = held, graph, result
-        held, graph, result = self.records[key]
+            self.records[shapes] = held, graph, result
+        held, graph, result = self.records[shapes]
         for t, value in zip(held, inputs):
             t.copy_(value)
         graph.replay()

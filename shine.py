@@ -581,6 +581,8 @@ def read_text(args):
         return None
     if args.text is not None and args.text != "-":
         return args.text
+    if args.file == "":
+        raise UserError("the path of the file is empty")
     try:
         raw = sys.stdin.buffer.read() if args.file in (None, "-") else Path(args.file).read_bytes()
         return raw.decode("utf-8-sig")
@@ -644,8 +646,6 @@ def chat(shine, lora, text, options, say, talk):
                 talk, rivals = Conversation(shine, lora, **options), {}
                 say("the conversation is cleared, the text is kept")
             elif command in ("/text", "/file"):
-                if command == "/file" and not rest.strip():
-                    raise UserError("/file needs a path")
                 new = rest if command == "/text" else read_text(argparse.Namespace(text=None, file=rest.strip(), load=None))
                 lora, _ = absorb(shine, new, say)
                 text, talk, rivals = new, Conversation(shine, lora, **options), {}

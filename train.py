@@ -366,7 +366,7 @@ def parse(argv):
     add("--model", default=None, help="model folder to start from (default: checkpoints/small on a GPU, checkpoints/tiny on a CPU; stage base: nothing)")
     add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
     add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model, or, with "
-        "--rank, --target-modules, --static-a, for another LoRA from as many memory tokens")
+        "--rank, --target-modules, --static-a, for another LoRA from as many memory tokens (a larger --rank: from more)")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -653,14 +653,14 @@ class Graphs(Recorded):
     """one_pass of a module as CUDA graphs, one for each shape of a batch."""
 
     def __init__(self, module):
-        super().__init__(lambda *tensors: one_pass(module, dict(zip(self.kind, tensors)), tensors[-1]))
+        super().__init__(lambda *tensors: one_pass(module, dict(zip(self.fields, tensors)), tensors[-1]))
         self.module = module
         for p in module.trained().values():      # a record adds to the gradients where they lie now
             p.grad = torch.zeros_like(p)
 
     def __call__(self, module, batch, total):
         assert module is self.module
-        self.kind = tuple(batch)      # with masks or without
+        self.fields = list(batch)      # a mask that is left out makes the shapes others
         return super().__call__(*batch.values(), total)
 
 

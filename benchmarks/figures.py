@@ -176,33 +176,29 @@ def scaling():
     save(figure, "scaling.svg")
 
 
-def keep(logs, result):
-    """NAME=RUN ... -> results/RESULT.json: the evaluations that train.py logged. A NAME without a RUN stays as it is there."""
-    stages, path = {}, RESULTS / f"{result}.json"
-    for name, _, folder in (log.partition("=") for log in logs):
-        if not folder:
+def keep(logs, result, summary):
+    """NAME=RUN ... -> results/RESULT.json: {name: summary(lines of the run's log)}. A NAME without a RUN stays as it is there."""
+    path, stages = RESULTS / f"{result}.json", {}
+    for name, _, run in (log.partition("=") for log in logs):
+        if run:
+            stages[name] = summary([json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()])
+        else:
             stages[name] = json.loads(path.read_text(encoding="utf-8"))[name]
-            continue
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        stages[name] = [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]
     write_json(path, stages)
 
 
-def keep_whole(logs):
-    """The same for results/small/from_nothing.json, with what each stage took and its loss, about 60 means over the run. A NAME without a RUN stays as it is there."""
-    stages, result = {}, RESULTS / MODEL / "from_nothing.json"
-    for name, _, path in (log.partition("=") for log in logs):
-        if not path:
-            stages[name] = json.loads(result.read_text(encoding="utf-8"))[name]
-            continue
-        lines = [json.loads(line) for line in (Path(path) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        head, steps = lines[0], list({line["step"]: line for line in lines if "tokens" in line}.values())      # after a resumed run each step once
-        every = max(1, len(steps) // 60)
-        stages[name] = {"machine": head["machine"], "torch": head["torch"], "minutes": steps[-1]["seconds"] / 60, "batch": head["args"]["batch"], "steps": len(steps),
-                        "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],
-                        "losses": [(round(part[-1]["seconds"] / 60, 3), round(statistics.mean(s["loss"] for s in part), 4)) for i in range(0, len(steps), every) if (part := steps[i:i + every])],
-                        "evaluations": [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line and head["args"]["eval_texts"] >= 30]}      # fewer say nothing
-    write_json(result, stages)
+def evaluations(lines):
+    return [{k: line[k] for k in ("minutes", "samples")} | line["unseen"] for line in lines if "unseen" in line]
+
+
+def whole(lines):
+    """What a stage took, its loss (about 60 means over the run), and its evaluations."""
+    head, steps = lines[0], list({line["step"]: line for line in lines if "tokens" in line}.values())      # after a resumed run each step once
+    every = max(1, len(steps) // 60)
+    return {"machine": head["machine"], "torch": head["torch"], "minutes": steps[-1]["seconds"] / 60, "batch": head["args"]["batch"], "steps": len(steps),
+            "samples": steps[-1]["samples"], "tokens": sum(s["tokens"] for s in steps), "waited": steps[-1]["waited"],
+            "losses": [(round(part[-1]["seconds"] / 60, 3), round(statistics.mean(s["loss"] for s in part), 4)) for i in range(0, len(steps), every) if (part := steps[i:i + every])],
+            "evaluations": evaluations(lines) if head["args"]["eval_texts"] >= 30 else []}      # fewer say nothing
 
 
 if __name__ == "__main__":
@@ -210,7 +206,7 @@ if __name__ == "__main__":
     parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
     parser.add_argument("--to", choices=("training", "gist", "from_nothing"), default="training", help="which result the logs are")
     if (args := parser.parse_args()).log:
-        keep_whole(args.log) if args.to == "from_nothing" else keep(args.log, args.to)
+        keep(args.log, *((f"{MODEL}/from_nothing", whole) if args.to == "from_nothing" else (args.to, evaluations)))
     quality()
     groups()
     training()

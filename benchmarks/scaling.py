@@ -130,6 +130,7 @@ def main(argv=None):
     add("--limit-minutes", type=positive(float), default=float("inf"), help="start no cell after so long")
     args = parser.parse_args(argv)
     settings = {"steps": args.steps, "base steps": args.base_steps, "texts scored": args.eval_texts,
+                "language model": read_json(ROOT / "checkpoints/tiny/hypernet.json")["base"],      # of the cells that train none of their own
                 "real texts": [Path(p).name for p in ([args.text] if args.text else []) + args.qa]}
     results = read_json(args.json) if Path(args.json).is_file() else {"settings": settings, "cells": {}}
     if not args.show and results["settings"] != settings:

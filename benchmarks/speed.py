@@ -289,7 +289,7 @@ def kernels(size, device, dtype, top=20):
             return print(f"{size}, {B} x ({N} + {S}), {name}: does not fit into the memory", flush=True)
         print(f"{size}, {B} x ({N} + {S}), {name}: {1000 * seconds:.1f} ms a step, {work / seconds / rate:.1%} of the matrix product's {rate / 1e12:.3g} TFLOP/s", flush=True)
 
-    def listed(top):
+    def listed():
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
             step(shine, batch, optimizer)
             if cuda:
@@ -299,13 +299,13 @@ def kernels(size, device, dtype, top=20):
         print(f"{sum(map(own, rows)) / 1000:.1f} ms of it in {sum(row.count for row in rows):,} kernels")
         print("\n".join(f"{own(row) / 1000:9.2f} ms {row.count:6d} x  {row.key[:100]}" for row in rows[:top]), flush=True)
     timed("as it is")
-    listed(top)
+    listed()
     if cuda:
         timed("CUDA graphs", Graphs(shine))
         optimizer.zero_grad(set_to_none=True)
         compile_layers(shine.base, shine)
         timed("compiled")
-        listed(top)
+        listed()
         timed("compiled, CUDA graphs", Graphs(shine))
 
 

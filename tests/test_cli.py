@@ -68,10 +68,10 @@ def test_chat(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("Tom lives in Oslo.", encoding="utf-8")
     script = f"Who keeps Biscuit?\n/compare\nwhat color is it\n/forget\n/file {path}\nWhere does Tom live?\n/text Ann is a baker.\n" \
-             f"/save {tmp_path}/x.safetensors\n/nonsense\n/file nowhere.txt\n/help\n/text \n/quit\n"
+             f"/save {tmp_path}/x.safetensors\n/nonsense\n/file nowhere.txt\n/file\n/help\n/text \n/quit\n"
     run = shell(TEXT, "--chat", stdin=script)
     assert run.returncode == 0 and not run.stderr, run.stderr
-    for word in ("text in the prompt:", "without the text:", "cleared", "saved to", "no command /nonsense", "nowhere.txt", "/forget", "empty"):
+    for word in ("text in the prompt:", "without the text:", "cleared", "saved to", "no command /nonsense", "nowhere.txt", "path of the file is empty", "/forget", "the text is empty"):
         assert word in run.stdout, word
     assert (tmp_path / "x.safetensors").is_file()
     assert shell(TEXT, "--chat", stdin="").returncode == 0            # Ctrl-D leaves
@@ -103,7 +103,7 @@ def test_bad_input(tmp_path):
     for empty in ("", "   \n"):
         with pytest.raises(UserError, match="empty"):
             call(empty)
-    for arguments in ([], [TEXT, "--file", "x"], [TEXT, "--temperature", "-1"], [TEXT, "--top-p", "0"]):
+    for arguments in ([], [TEXT, "--file", "x"], ["--file", ""], [TEXT, "--ask", " "], [TEXT, "--temperature", "-1"], [TEXT, "--top-p", "0"]):
         with pytest.raises(UserError):
             call(*arguments)
     assert fails(shell("--file", tmp_path / "none.txt"), "none.txt", "No such file")

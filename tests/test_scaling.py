@@ -44,6 +44,11 @@ def test_cells_differ_in_one_thing_and_are_not_run_twice(tmp_path, calls, capsys
     assert len(calls) == 6
     with pytest.raises(UserError, match="use these or another --json"):
         scaling.main([*arguments, "--steps", "9"])
+    results = json.loads((tmp_path / "s.json").read_text())
+    results["settings"]["language model"] = "another"
+    (tmp_path / "s.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="another"):
+        scaling.main(arguments)
 
 
 def test_gisting_takes_its_half_of_the_steps(tmp_path, calls):

@@ -174,6 +174,8 @@ def test_masks_of_full_rows_are_left_out(shine, tokenizer):
                                  lambda module, batch, total: seen.append(set(batch)) or train.one_pass(module, batch, total))
         assert close(report[0], expected)
         assert seen == [set(batch) if padding else {"context_ids", "input_ids", "weights"}]
+        if not padding:
+            assert close(shine.gist({name: batch[name] for name in seen[0]}), shine.gist(batch))
 
 
 def test_quarters_change_no_loss(base, tokenizer):
