@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -696,13 +697,17 @@ def check_flags(args):
             (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
             (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
             (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
+            (args.inspect and args.load is not None, "--inspect needs a text: a loaded LoRA does not hold it"),
+            (args.base and not args.hypernet and (args.text or args.file) is not None,
+             "--base alone cannot read a text: name a hypernetwork with --hypernet DIR, or a LoRA with --load"),
             (args.logits and not args.ask, "--logits keeps the logits of questions: it needs --ask"),
             ((args.scale or args.m2p_heads) and not (args.hypernet or args.convert), "--scale and --m2p-heads describe published files: --hypernet DIR")):
         if wrong:
             raise UserError(complaint)
 
 
-def main(argv=None):
+def parse(argv):
+    """Flags -> namespace; those that do not fit together are refused."""
     parser = Parser(description="Turn a text into LoRA parameters in one forward pass and talk about it.")
     add = parser.add_argument
     add("text", nargs="?", metavar="TEXT", help="the text, or - for standard input")
@@ -732,60 +737,81 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of sampling")
     args = parser.parse_args(argv)
     check_flags(args)
+    args.model = args.model or str(DEFAULT_MODEL)
+    return args
+
+
+def convert(args):
+    """Write the published hypernetwork of --convert into --out as ours."""
+    if holds_hypernet(args.convert) != "published":
+        raise UserError(f"{args.convert} holds no published hypernetwork ({', '.join(PUBLISHED)})")
+    shine = Shine.load(args.convert, base=args.base, dtype=None, tokenizer=Ids, scale=args.scale, m2p_heads=args.m2p_heads)
+    shine.save(args.out, dtype=None)
+    print(f"wrote {args.out}: M = {shine.M}, rank {shine.config.r}, meta rank {shine.config.meta_r}, "
+          f"{shine.config.m2p_layers} M2P layers, for {shine.base.name}")
+
+
+def load_model(args):
+    """The language model and hypernetwork that the flags name; weights of a Hugging Face folder stay as they are stored."""
     device, dtype, _ = pick_device(args.device)
-    if args.convert:
-        if holds_hypernet(args.convert) != "published":
-            raise UserError(f"{args.convert} holds no published hypernetwork ({', '.join(PUBLISHED)})")
-        shine = Shine.load(args.convert, base=args.base, dtype=None, tokenizer=Ids, scale=args.scale, m2p_heads=args.m2p_heads)
-        shine.save(args.out, dtype=None)
-        print(f"wrote {args.out}: M = {shine.M}, rank {shine.config.r}, meta rank {shine.config.meta_r}, "
-              f"{shine.config.m2p_layers} M2P layers, for {shine.base.name}")
-        return
-    text, folder = read_text(args), args.model or str(DEFAULT_MODEL)
-    if args.base and not args.hypernet and text is not None:
-        raise UserError("--base alone cannot read a text: name a hypernetwork with --hypernet DIR, or a LoRA with --load")
     tokenizer = Ids if args.ids else None
-    if args.base:
-        shine = Shine.load(args.hypernet, device, None, args.base, tokenizer, args.scale, args.m2p_heads)
-        if shine.base.model.norm.weight.dtype == torch.bfloat16:
-            shine.base.compute_dtype = dtype
-    else:
-        shine = Shine.load(folder, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-               "seed": args.seed}
-    notes = sys.stderr if args.json else sys.stdout
-    say = lambda *line: print(*line, file=notes, flush=True)
-    if text is None:
-        lora, facts = LoRA.load(args.load, shine.base), {"loaded": args.load}
-        say(f"loaded {args.load}: rank {lora.r}, made from a text of {lora.info.get('tokens', '?')} tokens")
-    else:
-        if shine.reads_only:
-            say(f"{args.hypernet or folder} is from the stage gist: its M2P has not trained, so the answers cannot fit (train.py --stage pretrain --model goes on from it)")
-        lora, facts = absorb(shine, text, say)
-    if args.inspect:
-        if text is None:
-            raise UserError("--inspect needs a text: a loaded LoRA does not hold it")
-        inspect(shine, text, say)
+    if not args.base:
+        return Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
+    shine = Shine.load(args.hypernet, device, None, args.base, tokenizer, args.scale, args.m2p_heads)
+    if shine.base.model.norm.weight.dtype == torch.bfloat16:
+        shine.base.compute_dtype = dtype
+    return shine
+
+
+def keep(args, lora, base_folder, say):
+    """Write the LoRA wherever the flags want it."""
     if args.save:
         lora.save(args.save)
         say(f"saved to {args.save}")
     if args.export_peft:
-        lora.export_peft(args.export_peft, args.base or folder)
+        lora.export_peft(args.export_peft, base_folder)
         say(f"PEFT adapter written to {args.export_peft}")
     if args.merge_into:
-        lora.merge_into(args.base or folder, args.merge_into)
+        lora.merge_into(base_folder, args.merge_into)
         say(f"language model with the LoRA in its weights written to {args.merge_into}")
-    turns, logits, talk = [], {}, Conversation(shine, lora, **options)
+
+
+def ask(args, shine, talk, say):
+    """The questions of --ask in turn -> [{"question", "answer"}]; the logits over each prompt go where --logits says."""
+    turns, logits = [], {}
     for question in args.ask:
         if args.logits:
             with torch.no_grad():
-                ids = torch.tensor([talk.prompt(question)], device=device)
-                logits[f"turn.{len(turns)}"] = shine.base(ids, None, lora)[0].float().cpu()
+                ids = torch.tensor([talk.prompt(question)], device=shine.device)
+                logits[f"turn.{len(turns)}"] = shine.base(ids, None, talk.lora)[0].float().cpu()
         turns.append({"question": question, "answer": talk.ask(question)})
         if not args.json:
             say(f"> {question}\n{turns[-1]['answer']}")
     if args.logits:
         write_file(args.logits, lambda p: save_file(logits, p))
+    return turns
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.convert:
+        return convert(args)
+    text = read_text(args)
+    shine = load_model(args)
+    say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    if text is None:
+        lora, facts = LoRA.load(args.load, shine.base), {"loaded": args.load}
+        say(f"loaded {args.load}: rank {lora.r}, made from a text of {lora.info.get('tokens', '?')} tokens")
+    else:
+        if shine.reads_only:
+            say(f"{args.hypernet or args.model} is from the stage gist: its M2P has not trained, so the answers cannot fit (train.py --stage pretrain --model goes on from it)")
+        lora, facts = absorb(shine, text, say)
+    if args.inspect:
+        inspect(shine, text, say)
+    keep(args, lora, args.base or args.model, say)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    talk = Conversation(shine, lora, **options)
+    turns = ask(args, shine, talk, say)
     if args.json:
         print(json.dumps(facts | {"turns": turns}, ensure_ascii=False))
     if args.chat:

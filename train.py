@@ -687,146 +687,182 @@ def gradients(step_module, micro, clips, clip, world, device, run_pass=one_pass)
     return torch.stack([loss, *norms])
 
 
+class Run:
+    """One run of a stage: what it trains and with what, its folder and log. `state` is what its checkpoints keep besides tensors."""
+
+    def __init__(self, args):
+        self.args, self.out = args, Path(args.out or f"runs/{args.stage}")
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, dtype, self.machine = pick_device(args.device)
+        dtype = torch.float32 if args.float32 else dtype
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        torch.manual_seed(args.seed)
+        refuse(args, self.out, self.device, self.rank, self.world)
+        if args.base and self.device.type == "cpu":
+            give_back_memory()
+        texts = read_texts(args.text) if args.text else []
+        records = [read_conversations(path, args.strict) for path in args.qa]
+        if args.resume:
+            args.model = str(self.out)
+            args.base = args.base or read_json(self.out / "state.json").get("args", {}).get("base")
+        self.module, self.model, self.tokenizer, self.shine = build(args, self.device, dtype, texts)
+        self.log = open_log(args, self.out) if self.rank == 0 else None
+        self.examples = Examples(args.stage, self.tokenizer, args.context_length, args.conversation_length, texts, records, args.seed, args.max_facts,
+                                 **{name: getattr(args, name) for name in (
+                                     "text_share", "record_share", "question_share", "curriculum", "copy_share", "plain_share", "wild_share", "packing",
+                                     "random_share", "recall_share", "rival_share", "conversations", "mined_share", "scene_share")})
+        self.unseen = Unseen(args, self.tokenizer)
+        self.optimizers, self.clips = make_optimizers(self.module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
+        self.state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
+        if args.resume:
+            self.state = {"waited": 0.0} | take_up(self.out, self.module, self.optimizers, args, self.say)
+        self.state["args"] = vars(args)
+        if args.compile:
+            compile_layers(self.model, self.shine)
+        self.graphs = Graphs(self.module) if args.cuda_graphs else None
+        self.step_module = self.module
+        if self.world > 1:
+            self.step_module = nn.parallel.DistributedDataParallel(self.module, init_sync=not args.shard)      # all ranks start alike: one seed
+        self.bad = 0                        # steps in a row without a finite loss
+
+    def say(self, *line):
+        if self.rank == 0:
+            print(*line, flush=True)
+
+    def log_line(self, **line):
+        if self.rank == 0:
+            self.log.write(json.dumps(line) + "\n")
+
+    def announce(self):
+        """Print and log what this run is."""
+        args, count = self.args, lambda parameters: sum(p.numel() for p in parameters)
+        here = count(p.to_local() if args.shard else p for p in self.model.model.layers.parameters())
+        self.say(f"{args.stage} on {self.machine}: {count(self.module.trained().values()):,} parameters train, "
+                 f"{count(p for p in self.module.parameters() if not p.requires_grad):,} frozen"
+                 + (f" (of those of layers {here:,} in this process)" if args.shard else "")
+                 + (f", M = {self.shine.M} memory tokens, {self.shine.P * self.model.config.num_hidden_layers:,} numbers in a LoRA" if self.shine else ""))
+        self.log_line(args=vars(args), machine=self.machine, torch=torch.__version__)
+
+    def checkpoint(self):
+        """The model folder first, the state last: a kill in between leaves the older state, which fits any of these files."""
+        if self.rank == 0:
+            if not self.args.base:      # a Hugging Face folder stays where it is
+                self.tokenizer.save(self.out)
+                save_base(self.model, self.out)
+            if self.shine:
+                self.shine.save(self.out)
+            save_state(self.out, self.module, self.optimizers, self.state)
+
+    def score(self):
+        """Score on unseen texts, into the state, the log and state.json."""
+        if self.rank and not self.args.shard:      # a sharded model answers on all ranks or on none
+            return
+        state, shine = self.state, self.shine
+        fixed = () if shine and state["metrics"] else ("in-context", "question")      # the frozen base's own, which do not change
+        metrics = self.unseen.score(self.module, self.model, self.tokenizer, shine, fixed + (("shine",) if shine is self.module else ()), self.device)
+        state["metrics"] = state["metrics"] | metrics
+        if self.rank:
+            return
+        write_json(self.out / "state.json", state)
+        self.say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
+                                                for k, v in state["metrics"].items()))
+        self.log_line(step=state["step"], samples=state["samples"], minutes=round(state["seconds"] / 60, 2), unseen=metrics)
+
+    def progress(self):
+        """How far the run is, 0 to 1: of its steps, or of its minutes; then every rank calls it once a step, and sets its clock by that of rank 0."""
+        if self.args.steps:
+            return self.state["step"] / self.args.steps
+        if self.world > 1:
+            clock = torch.tensor(self.state["seconds"], dtype=torch.float64, device=self.device)
+            dist.broadcast(clock, 0)
+            self.state["seconds"] = clock.item()
+        return self.state["seconds"] / 60 / self.args.minutes
+
+    def draw(self, data):
+        """The batches of one step; the time this takes is added to `waited`."""
+        started = time.perf_counter()
+        micro = [next(data) for _ in range(self.args.accumulate)]
+        self.state["waited"] += time.perf_counter() - started
+        return micro
+
+    def update(self, report):
+        """One step of the optimizers with the gradients that are there; report: what `gradients` says -> the loss, the norms before clipping."""
+        loss, *norms = report.tolist()      # the one time in a step that the host waits for a GPU
+        if all(map(math.isfinite, (loss, *norms))):
+            self.bad = 0
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            self.bad += 1
+            self.say(f"step {self.state['step']}: loss {loss}, gradient norms {[round(n, 2) for n in norms]}; step skipped")
+            if self.bad == 5:
+                raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
+        self.module.zero_grad(set_to_none=self.graphs is None)
+        return loss, norms
+
+    def tell(self, loss, norms, lr, tokens, seconds, progress):
+        """Print and log a step, which took so many seconds."""
+        state = self.state
+        left = (1 - progress) * state["seconds"] / progress / 60 if progress else float("nan")
+        self.say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
+                 + f"  {tokens / seconds:,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
+        self.log_line(step=state["step"], loss=round(loss, 6) if math.isfinite(loss) else None, lr=lr, tokens=tokens, samples=state["samples"],
+                   seconds=round(state["seconds"], 2), waited=round(state["waited"], 3), norms={k: round(n, 4) for k, n in zip(self.clips, norms)})
+
+    def train(self):
+        """The loop of every stage. Pauses for scores and the checkpoints that are due are left out of its clock."""
+        args, state, watch = self.args, self.state, Watch()
+        data = loader(self.examples, args, state["step"] * args.accumulate, self.rank, self.world, self.device)
+        last = time.perf_counter()
+        started = last - state["seconds"]
+        micro = self.draw(data)
+        self.module.train()
+        now = lambda: state["step"] if args.steps else state["seconds"] / 60      # what --eval-every and --save-every count
+        progress = self.progress()
+        next_eval, next_save = now() + args.eval_every, now() + (args.save_every or math.inf)
+        while progress < 1:
+            lr = learning_rate(progress, state["step"], args.lr, args.warmup) * state.get("slowed", 1.0)
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                group["lr"] = lr * group["peak"] / args.lr
+            tokens = self.world * sum(int((mask > 0).sum()) for batch in micro for name, mask in batch.items() if name.endswith("_mask"))
+            report = gradients(self.step_module, micro, self.clips, args.clip, self.world, self.device, self.graphs or one_pass)
+            micro = self.draw(data)      # the next step's, while a GPU is at work
+            loss, norms = self.update(report)
+
+            took, last = time.perf_counter() - last, time.perf_counter()
+            state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * self.world, "tokens": state["tokens"] + tokens,
+                      "seconds": last - started}
+            self.tell(loss, norms, lr, tokens, took, progress)
+            if self.bad == 0 and watch(loss):
+                go_back(self.out, self.module, self.optimizers, state, watch, self.rank, self.world, self.say)
+                self.checkpoint()      # a run that is killed now goes on from here
+                watch = Watch()
+
+            progress = self.progress()
+            score = now() >= next_eval or progress >= 1
+            if score or now() >= next_save:
+                paused = time.perf_counter()
+                self.checkpoint()
+                if score:
+                    self.score()
+                    next_eval = now() + args.eval_every
+                next_save = now() + (args.save_every or math.inf)
+                self.log and self.log.flush()
+                last = time.perf_counter()
+                started += last - paused
+
+
 def main(argv=None):
     args = parse(argv)
     if args.dry_run:
         return dry_run(args)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype, why = pick_device(args.device)
-    dtype = torch.float32 if args.float32 else dtype
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = (lambda *a: print(*a, flush=True)) if rank == 0 else (lambda *a: None)
-    out = Path(args.out or f"runs/{args.stage}")
-    torch.manual_seed(args.seed)
-    refuse(args, out, device, rank, world)
-    if args.base and device.type == "cpu":
-        give_back_memory()
-    texts = read_texts(args.text) if args.text else []
-    records = [read_conversations(path, args.strict) for path in args.qa]
-    if args.resume:
-        args.model = str(out)
-        args.base = args.base or read_json(out / "state.json").get("args", {}).get("base")
-    module, model, tokenizer, shine = build(args, device, dtype, texts)
-    log = open_log(args, out) if rank == 0 else None
-    examples = Examples(args.stage, tokenizer, args.context_length, args.conversation_length, texts, records, args.seed,
-                        args.max_facts, args.text_share, args.record_share, args.question_share, args.curriculum,
-                        args.copy_share, args.plain_share, wild_share=args.wild_share, packing=args.packing, random_share=args.random_share,
-                        recall_share=args.recall_share, rival_share=args.rival_share,
-                        conversations=args.conversations, mined_share=args.mined_share, scene_share=args.scene_share)
-    unseen = Unseen(args, tokenizer)
-    optimizers, clips = make_optimizers(module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
-    state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
-    if args.resume:
-        state = take_up(out, module, optimizers, args, say)
-    state["args"] = vars(args)
-    step_module = module
-    if args.compile:
-        compile_layers(model, shine)
-    graphs = Graphs(module) if args.cuda_graphs else None
-    if world > 1:
-        step_module = nn.parallel.DistributedDataParallel(module, init_sync=not args.shard)      # all ranks start alike: one seed
-
-    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    here = sum((p.to_local() if args.shard else p).numel() for p in model.model.layers.parameters())
-    say(f"{args.stage} on {why}: {sum(p.numel() for p in module.trained().values()):,} parameters train, {frozen:,} frozen"
-        + (f" (of those of layers {here:,} in this process)" if args.shard else "")
-        + (f", M = {shine.M} memory tokens, {shine.P * model.config.num_hidden_layers:,} numbers in a LoRA" if shine else ""))
-    if rank == 0:
-        log.write(json.dumps({"args": vars(args), "machine": why, "torch": torch.__version__}) + "\n")
-
-    def checkpoint():
-        """The model folder first, the state last: a kill in between leaves the older state, which fits any of these files."""
-        if rank == 0:
-            if not args.base:      # a Hugging Face folder stays where it is
-                tokenizer.save(out)
-                save_base(model, out)
-            if shine:
-                shine.save(out)
-            save_state(out, module, optimizers, state)
-
-    def evaluation():
-        if rank and not args.shard:      # a sharded model answers on all ranks or on none
-            return
-        fixed = () if shine and state["metrics"] else ("in-context", "question")      # the frozen base's own, which do not change
-        metrics = unseen.score(module, model, tokenizer, shine, fixed + (("shine",) if shine is module else ()), device)
-        state["metrics"] = state["metrics"] | metrics
-        if rank:
-            return
-        write_json(out / "state.json", state)
-        say("  unseen texts: " + ", ".join(f"{k} {v if isinstance(v, float) else '%.3f EM %.3f F1' % (v['em'], v['f1'])}"
-                                            for k, v in state["metrics"].items()))
-        log.write(json.dumps({"step": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 2),
-                              "unseen": metrics}) + "\n")
-
-    data = loader(examples, args, state["step"] * args.accumulate, rank, world, device)
-    watch = Watch()
-    bad, next_eval, next_save, waited = 0, None, None, state.get("waited", 0.0)
-    t = started = last = time.perf_counter()
-    micro = [next(data) for _ in range(args.accumulate)]
-    waited += time.perf_counter() - t
-    before = state["seconds"]
-    module.train()
-    while True:
-        if world > 1 and args.steps is None:       # one clock for all: rank 0's
-            clock = torch.tensor(state["seconds"], dtype=torch.float64, device=device)
-            dist.broadcast(clock, 0)
-            state["seconds"] = clock.item()
-        progress = state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes
-        clock = state["step"] if args.steps else state["seconds"] / 60
-        if next_eval is None:
-            next_eval, next_save = clock + args.eval_every, clock + (args.save_every or math.inf)
-        elif clock >= next_eval or progress >= 1 or clock >= next_save:
-            paused = time.perf_counter()
-            checkpoint()
-            if clock >= next_eval or progress >= 1:
-                evaluation()
-                next_eval = clock + args.eval_every
-            next_save = clock + (args.save_every or math.inf)
-            log and log.flush()
-            started += time.perf_counter() - paused
-            last = time.perf_counter()
-        if progress >= 1:
-            break
-
-        tokens = world * sum(int((mask > 0).sum()) for batch in micro for name, mask in batch.items() if name.endswith("_mask"))
-        lr = learning_rate(progress, state["step"], args.lr, args.warmup) * state.get("slowed", 1.0)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * group["peak"] / args.lr
-        report = gradients(step_module, micro, clips, args.clip, world, device, graphs or one_pass)
-        t = time.perf_counter()
-        micro = [next(data) for _ in range(args.accumulate)]      # the next step's, while a GPU is at work
-        waited += time.perf_counter() - t
-        loss, *norms = report.tolist()      # the one time in a step that the host waits for a GPU
-        if all(map(math.isfinite, (loss, *norms))):
-            bad = 0
-            for optimizer in optimizers:
-                optimizer.step()
-        else:
-            bad += 1
-            say(f"step {state['step']}: loss {loss}, gradient norms {[round(n, 2) for n in norms]}; step skipped")
-            if bad == 5:
-                raise UserError("five steps in a row had no finite loss: lower --lr; the last checkpoint is untouched")
-        module.zero_grad(set_to_none=graphs is None)
-
-        now = time.perf_counter()
-        state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * world, "tokens": state["tokens"] + tokens, "waited": waited,
-                  "seconds": before + now - started}
-        if rank == 0:
-            left = (1 - progress) * state["seconds"] / max(progress, 1e-9) / 60 if progress else float("nan")
-            say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
-                + f"  {tokens / (now - last):,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
-            log.write(json.dumps({"step": state["step"], "loss": round(loss, 6) if math.isfinite(loss) else None, "lr": lr, "tokens": tokens,
-                                  "samples": state["samples"], "seconds": round(state["seconds"], 2), "waited": round(waited, 3),
-                                  "norms": {k: round(n, 4) for k, n in zip(clips, norms)}}) + "\n")
-        last = now
-        if bad == 0 and watch(loss):
-            go_back(out, module, optimizers, state, watch, rank, world, say)
-            checkpoint()      # a run that is killed now goes on from here
-            watch = Watch()
-    say(f"done: {state['step']} steps, {state['samples']:,} samples, {state['seconds'] / 60:.1f} minutes; the model is in {out}"
-        + (f"; it reads, but its M2P did not train: go on with --stage pretrain --model {out}" if args.stage == "gist" else ""))
-    if world > 1:
+    job = Run(args)
+    job.announce()
+    job.train()
+    job.say(f"done: {job.state['step']} steps, {job.state['samples']:,} samples, {job.state['seconds'] / 60:.1f} minutes; the model is in {job.out}"
+            + (f"; it reads, but its M2P did not train: go on with --stage pretrain --model {job.out}" if args.stage == "gist" else ""))
+    if job.world > 1:
         dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 CONDITIONS = ("shine", "in-context", "question")
 MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the first is the one that shine.py takes
-SETS = {"strangers": "61 texts in the style of strangers (dev: their errors were read)", "strangers_test": "60 texts by a writer who did not know the project (test)",
+SETS = {"strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
         "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {lengths} tokens)",
         "squad_dev": "SQuAD (XQuAD English) dev"}
 
@@ -78,9 +78,9 @@ def quality():
         lines.append(row(title, generated, group))
     lengths = " and ".join(str(json.loads((ROOT / f"checkpoints/{model}/hypernet.json").read_text())["context_length"]) for model in MODELS)
     lines += [row(title.format(lengths=lengths), results[name]) for name, title in SETS.items()]
-    f1 = ", ".join(f"{name.replace('_', ' ')} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
+    f1 = ", ".join(f"{dict(babi_dev='bAbI', fairytaleqa='FairytaleQA', squad_dev='SQuAD', strangers='strangers dev').get(name, name.replace('_', ' '))} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
     accuracy = " and ".join(f"{read(f'{model}/quality_generated')['reconstruction token accuracy']:.1f}" for model in MODELS)
-    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts: {accuracy} % of tokens."
+    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts by small and tiny: {accuracy} % of tokens."
 
 
 def baselines():
@@ -139,10 +139,10 @@ def speed():
     milliseconds = lambda row: f"{row['ms']:,.0f}"
     answer = lambda row: f"{row['first token ms']:,.0f} / {row['tokens/s']:,.0f}"
     lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|",
-             line("the machine's matrix product in that minute, GFLOP/s", "matmul GFLOP/s"), line("and what it reads, GB/s", "read GB/s"),
-             line("language model, 16 x 256 tokens: tokens/s, of the matrix product's rate", "base training", "16 x 256",
+             line("the machine's rate of matrix products in that minute, GFLOP/s", "matmul GFLOP/s"), line("and of reading memory, GB/s", "read GB/s"),
+             line("language model, 16 x 256 tokens: tokens/s, share of that rate", "base training", "16 x 256",
                   show=lambda row: f"{row['tokens/s']:,.0f} / {100 * row['of matmul rate']:.0f} %")]
-    lines += [line(f"hypernetwork, {key} tokens: samples/s, of the matrix product's rate, GiB at most", "training", key, show=training)
+    lines += [line(f"hypernetwork, {key} tokens: samples/s, share of that rate, GiB at most", "training", key, show=training)
               for key in ("1 x (256 + 256)", "16 x (256 + 256)", "1 x (1024 + 1024)")]
     saving = lambda row: f"{row['with checkpointing: samples/s']:.3g} / {row['with checkpointing: peak GiB']:.2f}" if "with checkpointing: peak GiB" in row else ""
     lines += [line(f"the same {key} with `--checkpointing`: samples/s, GiB at most", "training", key, show=saving) for key in ("1 x (256 + 256)", "1 x (1024 + 1024)")]
@@ -152,11 +152,11 @@ def speed():
         ("and without a LoRA, which merging it would give", "no LoRA, layer by layer"),
         ("16 questions and LoRAs at once", "16 questions, 16 LoRAs"), ("question behind 256 tokens of text", "text of 256 tokens in the prompt"),
         ("question behind 1,024 tokens of text", "text of 1024 tokens in the prompt"))]
-    lines.append(line("bytes of the weights a second while decoding, of what the machine reads", "answering", "LoRA, as a conversation does it", "of the bandwidth",
+    lines.append(line("decoding: bytes of the weights a second, share of the rate of reading memory", "answering", "LoRA, as a conversation does it", "of the bandwidth",
                       show=lambda share: f"{100 * share:.0f} %"))
     grows = ", ".join(f"{name} {row['exponent']:.2f}" for name, row in result.get("growth", {}).items())
     return "\n".join(lines) + f"\n\n{result['machine']}, torch {result['torch']}; medians." \
-        + (f" Milliseconds of text -> LoRA grow with these powers (reference): {grows}." if grows else "")
+        + (f" Milliseconds from text to LoRA grow as a power of (reference): {grows}." if grows else "")
 
 
 def speed_gpu():
@@ -169,7 +169,7 @@ def speed_gpu():
     lines += [line(f"training step of the hypernetwork, {key} tokens: ms / GiB at most", step(key)) for key in ("1 x (256 + 256)", "128 x (64 + 160)", "4 x (1024 + 1024)")]
     lines += [line(f"LoRA from {title} tokens, ms", lambda part, key=key: f"{part['text to LoRA'][key]['ms']:.0f}")
               for title, key in (("64", "1 x 64"), ("1,024", "1 x 1024"), ("16 x 1,024", "16 x 1024"))]
-    lines += [line(f"{title}: first token ms / tokens/s / bytes of the weights a second, of what the GPU reads", answer(key)) for title, key in (
+    lines += [line(f"{title}: first token ms / tokens/s / share of the memory bandwidth", answer(key)) for title, key in (
         ("question of 32 tokens, one LoRA, a CUDA graph a token", "LoRA, as a conversation does it"), ("layer by layer", "LoRA, layer by layer"),
         ("behind 1,024 tokens of text, a CUDA graph a token", "text of 1024 tokens in the prompt"))]
     return "\n".join(lines) + f"\n\nOne H100, {result['machine'].split(', ', 3)[-1]}, torch {result['torch']}; not compiled, medians. It reads {result[sizes[0]]['read GB/s']:,.0f} GB/s."
@@ -178,16 +178,16 @@ def speed_gpu():
 def where():
     """Of the weights that ship (B alone is the text's), then of hypernetworks from before that made A and B of seven linears, where_pairs."""
     (small, tiny), (small_pairs, tiny_pairs) = ([read(f"{model}/{name}") for model in MODELS] for name in ("where", "where_pairs"))
-    columns = {"small": small["parts"], "tiny": tiny["parts"], "A and B of seven linears: small before": small_pairs["parts"], "tiny before": tiny_pairs["parts"],
-               "tiny before, by gradient on 10 conversations": tiny_pairs["by gradient"]}
+    columns = {"small": small["parts"], "tiny": tiny["parts"], "A and B of seven linears: small, earlier": small_pairs["parts"], "tiny, earlier": tiny_pairs["parts"],
+               "tiny, earlier, by gradient on 10 conversations": tiny_pairs["by gradient"]}
     lines = ["| what is the text's own | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"] \
         + ["| " + " | ".join([part, *(cell(ems[part]) if part in ems else "" for ems in columns.values())]) + " |" for part in small["parts"]]
     counts = [f"{next(iter(ems.values()))['questions']}" for ems in columns.values()]
     share = lambda result, last, name="mlp.down_proj": " / ".join(f"{100 * share:.0f}" for share in result["shares"][name]["B"][-last:])
     pairs = lambda result, last: ", ".join(f"{share(result, last, name)} % of B of {name.split('.')[1]}" for name in WRITERS)
     return "\n".join(lines) + f"\n\nHeld-out generated texts, {', '.join(counts[:-1])} and {counts[-1]} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: rate {tiny_pairs['rate']}. " \
-        f"Share of the squared numbers that depends on the text: small, all layers, {share(small, 99)} % of B; tiny, {share(tiny, 99)} %; small before, last four layers, {pairs(small_pairs, 4)}; " \
-        f"tiny before, last two, {pairs(tiny_pairs, 2)}."
+        f"Share of the squared numbers that depends on the text, layer by layer: small {share(small, 99)} % of B; tiny {share(tiny, 99)} %; small, earlier, last four layers, {pairs(small_pairs, 4)}; " \
+        f"tiny, earlier, last two, {pairs(tiny_pairs, 2)}."
 
 
 def scaling():
