@@ -103,8 +103,9 @@ def test_bad_input(tmp_path):
     for empty in ("", "   \n"):
         with pytest.raises(UserError, match="empty"):
             call(empty)
-    for arguments in ([], [TEXT, "--file", "x"], ["--file", ""], [TEXT, "--ask", " "], [TEXT, "--temperature", "-1"], [TEXT, "--top-p", "0"]):
-        with pytest.raises(UserError):
+    for word, *arguments in (("give one of",), ("give one of", TEXT, "--file", "x"), ("empty", "--file", ""), ("empty", TEXT, "--ask", " "), ("--temperature", TEXT, "--temperature", "-1"),
+                             ("--top-p", TEXT, "--top-p", "0"), ("--inspect", "--load", "x", "--inspect"), ("--base alone", TEXT, "--base", "x")):
+        with pytest.raises(UserError, match=word):
             call(*arguments)
     assert fails(shell("--file", tmp_path / "none.txt"), "none.txt", "No such file")
     assert fails(shell(TEXT, "--wat"), "--wat")

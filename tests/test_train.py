@@ -457,11 +457,16 @@ def test_accumulation_is_one_mean_over_all_counted_tokens(base, tokenizer):
 def test_two_processes_give_the_loss_of_one_with_twice_the_batch(folder, tmp_path):
     args = ["--stage", "pretrain", "--model", str(folder / "base"), "--steps", "3", "--eval-every", "99", "--rank", "2"] + BASE[4:]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py", *args, "--batch", "2",
-                    "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, env=environment, timeout=120)
+    two = lambda *more: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py", *args, "--batch", "2",
+                                        *more], cwd=ROOT, check=True, capture_output=True, env=environment, timeout=120)
+    two("--out", str(tmp_path / "two"))
     train.main([*args, "--batch", "4", "--out", str(tmp_path / "one")])
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl") if '"tokens"' in line] for name in ("one", "two")]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    args[args.index("--steps"):args.index("--steps") + 2] = ["--minutes", "0.03"]      # by the clock: both end after the same step, or one would wait for ever
+    two("--out", str(tmp_path / "timed"))
+    state = json.loads((tmp_path / "timed/state.json").read_text())
+    assert state["step"] >= 1 and state["seconds"] / 60 >= 0.03
 
 
 def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
