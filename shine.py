@@ -7,7 +7,7 @@
             |                                                      ^
     memory states (B, L, M, H) -> M2P (section 4) -> cut into A, B |
 
-What trains: memory embeddings, meta LoRA, M2P (and A, where ShineConfig.static_a generates B alone). Nothing else; the language model is
+What trains: memory embeddings, meta LoRA, M2P (and A, where ShineConfig.static_a generates B alone; and a LoRA for answering, where answer_r wants one). Nothing else; the language model is
 the same frozen one in both passes.
 
     python shine.py "Mara keeps a green parrot called Biscuit in the lighthouse." --chat
@@ -56,6 +56,7 @@ class ShineConfig:
     m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
     target_modules: str = "all"     # the linears that a LoRA is generated for: the paper's seven, or some, "o_proj,down_proj"
     static_a: bool = False          # A is trained, the same for every text, and B alone generated (not in the paper): more rank from as many memory tokens
+    answer_r: int = 0               # rank of a LoRA for answering, of the paper's seven linears, trained, the same for every text (not in the paper)
 
     @property
     def generated(self):
@@ -68,11 +69,17 @@ PUBLISHED_LENGTHS = dict(context_length=2380, conversation_length=1150)     # th
 
 
 class LoRA(list):
-    """A generated LoRA: a list over the L layers of {name: (A, B)}; `info` says what it was made from."""
+    """A generated LoRA: a list over the L layers of {name: (A, B)}; `info` says what it was made from. r: the rank that is generated;
+    a linear may have another, where something trained stands beside it (Shine.beside)."""
 
     def __init__(self, layers, r, info=None):
         super().__init__(layers)
         self.r, self.info = r, info or {}
+
+    @property
+    def ranks(self):
+        """{last name of a linear: its rank}"""
+        return {name.split(".")[1]: B.shape[-2] for name, (_, B) in self[0].items()}
 
     def row(self, i):
         """The LoRA of one row of the batch, still with a batch axis of 1."""
@@ -84,7 +91,7 @@ class LoRA(list):
         tensors = {f"layers.{i}.{name}.lora_{half}": t[0].detach().cpu().contiguous()
                    for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
         info = {k: str(v) for k, v in self.row(0).info.items()} | {
-            "format": "shine-lora-1", "r": str(self.r), "target_modules": ",".join(name.split(".")[1] for name in self[0])}
+            "format": "shine-lora-1", "r": str(self.r), "target_modules": ",".join(self.ranks), "ranks": ",".join(map(str, self.ranks.values()))}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
     def export_peft(self, folder, base_name):
@@ -96,7 +103,8 @@ class LoRA(list):
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             write_json(folder / "adapter_config.json", {
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
-                "lora_alpha": self.r, "target_modules": [name.split(".")[1] for name in self[0]], "lora_dropout": 0.0, "bias": "none",
+                "lora_alpha": self.r, "rank_pattern": (other := {name: r for name, r in self.ranks.items() if r != self.r}), "alpha_pattern": other,
+                "target_modules": list(self.ranks), "lora_dropout": 0.0, "bias": "none",
                 "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
 
     def merge_into(self, base_folder, folder):
@@ -134,9 +142,13 @@ class LoRA(list):
         if info.get("base") != fingerprint(base):
             raise UserError(f"{path} was made for another language model ({info.get('base_name') or 'unnamed'}, {info.get('base')}; "
                             f"this one is {fingerprint(base)})")
-        r, layout = int(info["r"]) if info.get("r", "").isdigit() else 0, lora_layout(base.config, info.get("target_modules", "all"))
+        number = lambda text: int(text) if text.isdigit() else 0
+        r, layout = number(info.get("r", "")), lora_layout(base.config, info.get("target_modules", "all"))
+        ranks = [number(part) for part in info["ranks"].split(",")] if "ranks" in info else [r] * len(layout)
+        if len(ranks) != len(layout):
+            raise UserError(f"{path} is damaged: {len(ranks)} ranks for {len(layout)} linears")
         check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
-                                      for name, n_in, n_out in layout for half, shape in (("A", (n_in, r)), ("B", (r, n_out)))})
+                                      for (name, n_in, n_out), rank in zip(layout, ranks) for half, shape in (("A", (n_in, rank)), ("B", (rank, n_out)))})
         device = base.model.norm.weight.device
         pair = lambda i, name: tuple(tensors[f"layers.{i}.{name}.lora_{half}"][None].to(device) for half in "AB")
         return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
@@ -248,6 +260,7 @@ class Shine(nn.Module):
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
         self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
+        self.answer_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.answer_r))) if config.answer_r else None     # flat, cut like the meta LoRA
         if self.memory.is_meta:
             return
         generator = torch.Generator().manual_seed(seed)
@@ -256,6 +269,8 @@ class Shine(nn.Module):
         self.meta_lora.data = self.new_meta_lora(config.meta_r, generator)
         if config.static_a:
             self.lora_a.data.normal_(0, math.sqrt(config.scale), generator=generator)       # as large as a generated one at the start
+        if config.answer_r:
+            self.answer_lora.data = self.new_meta_lora(config.answer_r, generator)          # B is zero: it changes nothing yet
 
     def new_meta_lora(self, meta_r, generator):
         """Flat (L, P) at its start: A normal times sqrt(scale), B zero (section 6)."""
@@ -314,7 +329,7 @@ class Shine(nn.Module):
 
     def trained(self):
         """What trains, {name: parameter}: all of this module but the base."""
-        ours = {"memory": self.memory, "meta_lora": self.meta_lora} | ({"lora_a": self.lora_a} if self.config.static_a else {})
+        ours = {"memory": self.memory, "meta_lora": self.meta_lora} | {n: p for n, p in (("lora_a", self.lora_a), ("answer_lora", self.answer_lora)) if p is not None}
         return ours | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
 
     # ------------------------------------------------------------------------ the two passes
@@ -335,10 +350,23 @@ class Shine(nn.Module):
         c, flat = self.config, numbers * math.sqrt(self.config.scale)
         info = {"base": self.base_id, "base_name": self.base.name}
         if not c.static_a:
-            return self.cut(flat, info)
+            return self.beside(self.cut(flat, info))
         static = self.lora_a if torch.is_grad_enabled() else self.lora_a.detach()       # a view of a parameter requires grad even under no_grad
         As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((static.to(flat.dtype), "A"), (flat, "B")))
-        return LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info)
+        return self.beside(LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info))
+
+    def beside(self, lora):
+        """What is generated, and the LoRA for answering, if there is one: x (A1 A2) (B1; B2) = (x A1) B1 + (x A2) B2."""
+        if self.answer_lora is None:
+            return lora
+        A, B = next(iter(lora[0].values()))
+        flat = (self.answer_lora if torch.is_grad_enabled() else self.answer_lora.detach()).to(B.dtype)
+        for layer, trained in zip(lora, cut(flat, self.base.config, self.config.answer_r)):
+            for name, pair in trained.items():
+                pair = tuple(t.expand(len(B), -1, -1) for t in pair)
+                layer[name] = tuple(torch.cat(two, dim) for two, dim in zip(zip(layer[name], pair), (-1, -2))) if name in layer else pair
+        lora[:] = [{name: layer[name] for name, _, _ in lora_layout(self.base.config) if name in layer} for layer in lora]      # in the order of the layout
+        return lora
 
     def cut(self, flat, info=None):
         """Flat (B, L, A and B) -> LoRA of the rank and for the linears that this hypernetwork generates one for."""
@@ -608,7 +636,9 @@ def absorb(shine, text, say):
     tensors = [t for layer in lora for pair in layer.values() for t in pair]
     numbers, size = shine.P * len(lora), sum(t.nbytes for t in tensors) / 1024
     say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
-    say(f"rank {lora.r} on {len(lora[0])} linear{'s' * (len(lora[0]) > 1)} of {len(lora)} layers, {size:.0f} KiB; the text is no longer needed")
+    linears = [len(lora_layout(shine.base.config, shine.config.target_modules)), len(lora[0])]
+    say(f"rank {lora.r} on {linears[0]} linear{'s' * (linears[0] > 1)} of {len(lora)} layers"
+        + (f" beside one for answering, rank {shine.config.answer_r} on {linears[1]}" if shine.config.answer_r else "") + f", {size:.0f} KiB; the text is no longer needed")
     return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
 
 

@@ -366,7 +366,7 @@ def parse(argv):
     add("--model", default=None, help="model folder to start from (default: checkpoints/small on a GPU, checkpoints/tiny on a CPU; stage base: nothing)")
     add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
     add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model, or, with "
-        "--rank, --target-modules, --static-a, for another LoRA from as many memory tokens (a larger --rank: from more)")
+        "--rank, --target-modules, --static-a, --answer-rank, for another LoRA from as many memory tokens (a larger --rank: from more)")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -402,6 +402,7 @@ def parse(argv):
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4); larger than that of --hypernet, where it generates B of one linear: it grows")
+    add("--answer-rank", type=positive(int, zero=True), help="of a trained LoRA for answering, the same for every text, beside the generated one (default 0: none); with --hypernet it may be added")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
@@ -475,7 +476,7 @@ def new_config(args, config):
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a)
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a, args.answer_rank or 0)
 
 
 def shipped(device):
@@ -512,7 +513,7 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
-        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a}
+        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a, "answer_r": args.answer_rank}
         if args.static_a and not c.static_a and not args.target_modules:      # as a new one: see new_config
             asked |= {"r": args.rank or shine.M, "target_modules": "down_proj"}
         if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v not in (None, getattr(c, k))}):
@@ -520,7 +521,7 @@ def build(args, device, dtype, texts):
             shine = shine.retargeted(replace(c, **asked), [source.sample(random.Random(args.seed + i), 1)["context"] for i in range(64)], args.seed)
             c = shine.config
         for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm),
-                            ("target_modules", c.target_modules), ("static_a", c.static_a)):
+                            ("target_modules", c.target_modules), ("static_a", c.static_a), ("answer_rank", c.answer_r)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
         shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})
@@ -949,7 +950,7 @@ def dry_run(args):
     print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
     print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
           + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
-             f"M2P {m2p:,}{', A of the LoRA %s' % format(trained['lora_a'].numel(), ',') if 'lora_a' in trained else ''})" if shine else ""))
+             f"M2P {m2p:,}{''.join(f', {called} {trained[name].numel():,}' for name, called in (('lora_a', 'A of the LoRA'), ('answer_lora', 'LoRA for answering')) if name in trained)})" if shine else ""))
     if shine:
         print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")

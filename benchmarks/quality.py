@@ -96,6 +96,8 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
         for first in range(0, len(records), group):
             part = records[first:first + group]
             rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
+            if shine.config.answer_r:
+                raise UserError("LoRAs trained by gradient are of one rank: no baselines for a hypernetwork with --answer-rank")
             start = flatten(shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
             for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine)):
                 if kind != "sft" and step in wanted:

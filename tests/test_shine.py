@@ -276,6 +276,40 @@ def test_a_lora_whose_a_is_the_same_for_every_text(base, tokenizer, batch, tmp_p
         Shine(base, tokenizer, replace(config, r=3, target_modules="k_proj"))
 
 
+@pytest.mark.parametrize("generated", [dict(r=16, target_modules="down_proj", static_a=True), dict(r=2, target_modules="gate_proj,down_proj"), dict(r=2)])
+def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, batch, tmp_path, generated):
+    """It is the same for every text, changes nothing before it trains, trains, and is in what is saved and exported."""
+    config = ShineConfig(meta_r=3, scale=0.05, **generated)
+    plain = Shine(base, tokenizer, config, seed=3)
+    texts, names = ["Mara has a parrot.", "Otto owns a mill."], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    new = plain.retargeted(replace(config, answer_r=2), texts)
+    was, now = plain.generate_lora(texts), new.generate_lora(texts)
+    assert list(now.ranks) == names and now.ranks == {name: 2 + was.ranks.get(name, 0) for name in names} and new.M == plain.M
+    ids = torch.tensor([[65, 66, 67]]).expand(2, -1)
+    assert close(base(ids, None, now), base(ids, None, was))
+    with torch.no_grad():
+        new.answer_lora.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    now = new.generate_lora(texts)
+    for layer, old, trained in zip(now, was, cut(new.answer_lora, base.config, 2)):
+        for name, (A, B) in trained.items():
+            change = layer[name][0] @ layer[name][1]
+            assert close(change, A @ B + (old[name][0] @ old[name][1] if name in old else 0), 1e-5)
+    new(batch).backward()
+    assert new.answer_lora.grad.abs().max() > 0 and "answer_lora" in new.trained()
+    one = now.row(1)
+    one.save(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors", base)
+    assert again.ranks == now.ranks and close(base(ids[:1], None, again), base(ids, None, now)[1:])
+    one.export_peft(tmp_path / "peft", "base")
+    peft = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert all(peft["rank_pattern"].get(name, peft["r"]) == r == peft["alpha_pattern"].get(name, peft["lora_alpha"]) for name, r in now.ranks.items())
+    new.save(tmp_path / "m", torch.float32)
+    save_base(base, tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    loaded = Shine.load(tmp_path / "m", base=base)
+    assert loaded.config == new.config and close(base(ids, None, loaded.generate_lora(texts)), base(ids, None, now))
+
+
 def test_a_lora_of_b_alone_grows(base, tokenizer, batch):
     """More rank takes more memory tokens: reading says the same to the old ones, which stand before them, and the new ranks add nothing until they train."""
     config = ShineConfig(r=16, meta_r=3, target_modules="down_proj", static_a=True, scale=0.05)

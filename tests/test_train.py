@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -427,6 +428,13 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     new = Shine.load(tmp_path / "on")
     assert new.config.static_a and new.M == new.config.r == old.M and new.config.target_modules == "down_proj"
     assert (new.memory - old.memory).abs().max() < 0.02      # one step away
+    more = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(tmp_path / "on"), "--answer-rank", "2", "--out", str(tmp_path / "beside"), "--steps"]
+    train.main(more + ["2"] + BASE[4:])
+    train.main(more + ["3", "--resume"] + BASE[4:])
+    beside = Shine.load(tmp_path / "beside")
+    assert beside.config == replace(new.config, answer_r=2) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["q_proj"] == 2
+    with pytest.raises(UserError, match="--answer-rank 3: the hypernetwork in .* has 2"):
+        train.main(["--stage", "pretrain", "--model", str(tmp_path / "beside"), "--answer-rank", "3", "--out", str(tmp_path / "no"), "--steps", "1"] + BASE[4:])
     with pytest.raises(UserError, match=f"choose a rank of {old.M}, or"):
         train.main(["--stage", "pretrain", "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "no"), "--steps", "1", "--model", str(folder / "pre"),
                     "--static-a", "--target-modules", "down_proj", "--rank", "6"] + BASE[4:])
