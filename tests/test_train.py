@@ -508,9 +508,10 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("state.safetensors", train.BEFORE), b"older")
 
 
-@pytest.mark.parametrize("size", ["reference", "tiny"])      # a LoRA for seven linears; B alone for one
-def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size):
+@pytest.mark.parametrize("size, answer_r", [("reference", 0), ("tiny", 0), ("tiny", 48)])      # a LoRA for seven linears; B alone for one; and one for answering
+def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size, answer_r):
     from benchmarks.speed import batch_of, build, counted, flops
     shine = build(size, torch.device("cpu"), torch.float32)
+    shine = Shine(shine.base, shine.tokenizer, replace(shine.config, answer_r=answer_r)) if answer_r else shine
     config, hyper, batch = shine.base.config, shine.config, batch_of(2, 64, 48, shine.base.config.vocab_size, "cpu")
     assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counted(lambda: shine(batch).backward()), rel=0.05)
