@@ -301,6 +301,8 @@ class Shine(nn.Module):
         """
         new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
         c = self.config
+        if c.answer_r and config.answer_r != c.answer_r:
+            raise UserError(f"--answer-rank {config.answer_r}: the LoRA for answering of this hypernetwork has rank {c.answer_r}, and would be lost")
         layout = lora_layout(base, config.target_modules)
         grows = c.static_a and config.static_a and c.target_modules == config.target_modules and len(layout) == 1 and config.r > c.r
         if new.M != self.M and not grows:
@@ -356,7 +358,8 @@ class Shine(nn.Module):
         return self.beside(LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info))
 
     def beside(self, lora):
-        """What is generated, and the LoRA for answering, if there is one: x (A1 A2) (B1; B2) = (x A1) B1 + (x A2) B2."""
+        """What is generated and the LoRA for answering, if there is one: (B, in, r), (B, r, out) of a linear -> (B, in, r + answer_r),
+        (B, r + answer_r, out), since x (A1 A2) (B1; B2) = (x A1) B1 + (x A2) B2."""
         if self.answer_lora is None:
             return lora
         A, B = next(iter(lora[0].values()))
@@ -728,7 +731,7 @@ def check_flags(args):
             (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
             (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
             (args.inspect and args.load is not None, "--inspect needs a text: a loaded LoRA does not hold it"),
-            (args.base and not args.hypernet and (args.text or args.file) is not None,
+            (args.base and not args.hypernet and (args.text is not None or args.file is not None),
              "--base alone cannot read a text: name a hypernetwork with --hypernet DIR, or a LoRA with --load"),
             (args.logits and not args.ask, "--logits keeps the logits of questions: it needs --ask"),
             ((args.scale or args.m2p_heads) and not (args.hypernet or args.convert), "--scale and --m2p-heads describe published files: --hypernet DIR")):

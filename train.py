@@ -809,7 +809,7 @@ class Run:
         self.say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
                  + f"  {tokens / seconds:,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
         self.log_line(step=state["step"], loss=round(loss, 6) if math.isfinite(loss) else None, lr=lr, tokens=tokens, samples=state["samples"],
-                   seconds=round(state["seconds"], 2), waited=round(state["waited"], 3), norms={k: round(n, 4) for k, n in zip(self.clips, norms)})
+                      seconds=round(state["seconds"], 2), waited=round(state["waited"], 3), norms={k: round(n, 4) for k, n in zip(self.clips, norms)})
 
     def train(self):
         """The loop of every stage. Pauses for scores and the checkpoints that are due are left out of its clock."""
@@ -841,11 +841,11 @@ class Run:
                 watch = Watch()
 
             progress = self.progress()
-            score = now() >= next_eval or progress >= 1
-            if score or now() >= next_save:
+            due = now() >= next_eval or progress >= 1
+            if due or now() >= next_save:
                 paused = time.perf_counter()
                 self.checkpoint()
-                if score:
+                if due:
                     self.score()
                     next_eval = now() + args.eval_every
                 next_save = now() + (args.save_every or math.inf)

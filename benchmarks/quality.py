@@ -47,6 +47,12 @@ def plain_start(shine, rows, seed=0):
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 
+def refuse_two_ranks(shine):
+    """UserError where the generated LoRA is not flat numbers of one rank, as those that `fit` trains are."""
+    if shine.config.answer_r:
+        raise UserError(f"LoRAs trained by gradient are of one rank: not for a hypernetwork with --answer-rank {shine.config.answer_r}")
+
+
 def fit(shine, start, examples, steps, lr, dtype=None, mask=None):
     """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
 
@@ -96,8 +102,6 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
         for first in range(0, len(records), group):
             part = records[first:first + group]
             rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
-            if shine.config.answer_r:
-                raise UserError("LoRAs trained by gradient are of one rank: no baselines for a hypernetwork with --answer-rank")
             start = flatten(shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
             for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine)):
                 if kind != "sft" and step in wanted:
@@ -266,6 +270,8 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="the text is longer")
     device, dtype, why = pick_device(args.device)
     shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
+    if args.baselines:
+        refuse_two_ranks(shine)
     if args.data:
         records = read_conversations(args.data)
         records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources

@@ -18,6 +18,7 @@ MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the f
 SETS = {"strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
         "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {lengths} tokens)",
         "squad_dev": "SQuAD (XQuAD English) dev"}
+SHORT = {"strangers": "strangers dev", "strangers_test": "strangers test", "babi_dev": "bAbI", "fairytaleqa": "FairytaleQA", "squad_dev": "SQuAD"}
 
 
 def read(name):
@@ -78,7 +79,7 @@ def quality():
         lines.append(row(title, generated, group))
     lengths = " and ".join(str(json.loads((ROOT / f"checkpoints/{model}/hypernet.json").read_text())["context_length"]) for model in MODELS)
     lines += [row(title.format(lengths=lengths), results[name]) for name, title in SETS.items()]
-    f1 = ", ".join(f"{dict(babi_dev='bAbI', fairytaleqa='FairytaleQA', squad_dev='SQuAD', strangers='strangers dev').get(name, name.replace('_', ' '))} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
+    f1 = ", ".join(f"{SHORT.get(name, name)} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
     accuracy = " and ".join(f"{read(f'{model}/quality_generated')['reconstruction token accuracy']:.1f}" for model in MODELS)
     return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts by small and tiny: {accuracy} % of tokens."
 

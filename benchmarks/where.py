@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import EPOCHS, OTHERS, conversation_rows, fit, interval, score, train_dtype
+from benchmarks.quality import EPOCHS, OTHERS, conversation_rows, fit, interval, refuse_two_ranks, score, train_dtype
 from data import Parser, Source, positive, run
 from model import flatten, map_lora, write_json
 from shine import DEFAULT_MODEL, LoRA, Shine
@@ -94,6 +94,8 @@ def main(argv=None):
     parser.add_argument("--json", metavar="OUT", help="write everything measured")
     args = parser.parse_args(argv)
     shine, source = Shine.load(args.model), Source("heldout")
+    if args.gradient:
+        refuse_two_ranks(shine)
     records = [source.sample(random.Random(4 * 10**6 + i), n_turns=4, others=OTHERS) for i in range(args.texts)]
     others = [source.sample(random.Random(5 * 10**6 + i), n_turns=1)["context"] for i in range(64)]
     result = measure(shine, records, others, args.gradient, args.rate) | {"model": Path(args.model).name, "texts": args.texts, "rate": args.rate, "torch": torch.__version__}

@@ -104,7 +104,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(UserError, match="empty"):
             call(empty)
     for word, *arguments in (("give one of",), ("give one of", TEXT, "--file", "x"), ("empty", "--file", ""), ("empty", TEXT, "--ask", " "), ("--temperature", TEXT, "--temperature", "-1"),
-                             ("--top-p", TEXT, "--top-p", "0"), ("--inspect", "--load", "x", "--inspect"), ("--base alone", TEXT, "--base", "x")):
+                             ("--top-p", TEXT, "--top-p", "0"), ("--inspect", "--load", "x", "--inspect"), ("--base alone", TEXT, "--base", "x"), ("--base alone", "", "--base", "x"), ("give one of", "--base", "x")):
         with pytest.raises(UserError, match=word):
             call(*arguments)
     assert fails(shell("--file", tmp_path / "none.txt"), "none.txt", "No such file")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.quality import refuse_two_ranks
 from conftest import close
 from data import Examples, collate
 from model import Config, LanguageModel, UserError, cut, flatten, lora_size, rope
@@ -294,6 +295,11 @@ def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, b
         for name, (A, B) in trained.items():
             change = layer[name][0] @ layer[name][1]
             assert close(change, A @ B + (old[name][0] @ old[name][1] if name in old else 0), 1e-5)
+    with pytest.raises(UserError, match="has rank 2, and would be lost"):
+        new.retargeted(replace(config, answer_r=3), texts)
+    with pytest.raises(UserError, match="of one rank"):
+        refuse_two_ranks(new)
+    refuse_two_ranks(plain)
     new(batch).backward()
     assert new.answer_lora.grad.abs().max() > 0 and "answer_lora" in new.trained()
     one = now.row(1)
