@@ -1,6 +1,7 @@
 """What this implementation costs, and how far that is from what the machine can do.
 
-    python -m benchmarks.speed [--json OUT] [--size tiny|small|reference|qwen3-0.6b ...] [--quick]      sizes that OUT has already stay in it
+    python -m benchmarks.speed [--json OUT] [--size tiny|small|reference|qwen3-0.6b ...] [--quick] [--parts training|reading|answering ...]
+                                                             sizes and parts that OUT has already stay in it
     python -m benchmarks.speed --profile [--size small]      the kernels of a training step instead, how long the device is busy in it, and what
                                                              --compile and --cuda-graphs of train.py make of it
 
@@ -34,6 +35,7 @@ from shine import DEFAULT_MODEL, Shine, ShineConfig
 from train import Graphs, compile_layers, one_pass, plain_attention
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("training", "reading", "answering")
 SHIPPED = ("tiny", "small")      # folders of checkpoints/
 SIZES = {
     "reference": (Config(vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -228,6 +230,15 @@ def answering(shine, lengths, bandwidth, new=64, prompt=32):
     return rows
 
 
+def trainings(size, device, dtype, rate, quick):
+    """The parts "base training" and "training" of a size."""
+    cuda = device.type == "cuda"
+    if size in QWEN3:
+        return {"training": {} if quick else training(size, device, dtype, [(1, 256, 256)] + [(4, 1024, 1024)] * cuda, rate)}
+    shapes = [(1, 256, 256), (16, 256, 256)] + [(128, 64, 160)] * cuda + [(1, 1024, 1024)] * (size == "reference" and not quick)
+    return {"base training": base_training(size, device, dtype, 16, 256, rate), "training": training(size, device, dtype, shapes, rate)}
+
+
 def cold_start(runs=5):
     """Seconds of `python shine.py TEXT --ask Q` until the first answer, and what they are spent on."""
     code = ("import time; t = [time.perf_counter()]; import shine; t.append(time.perf_counter()); s = shine.Shine.load(shine.DEFAULT_MODEL);"
@@ -310,9 +321,10 @@ def kernels(size, device, dtype, top=20):
 
 
 def keep(path, result):
-    """Write the result into the JSON file, where there is one, beside the sizes that are in it already."""
+    """Write the result into the JSON file, where there is one, beside the sizes, and parts of a size, that are in it already."""
     if path:
-        write_json(path, (read_json(path) if Path(path).is_file() else {}) | result)
+        old = read_json(path) if Path(path).is_file() else {}
+        write_json(path, old | {k: old.get(k, {}) | v if isinstance(v, dict) else v for k, v in result.items()})
 
 
 def main(argv=None):
@@ -321,6 +333,7 @@ def main(argv=None):
     parser.add_argument("--size", nargs="*", default=[*SHIPPED, "reference", "qwen3-0.6b"], choices=[*SHIPPED, *SIZES])
     parser.add_argument("--quick", action="store_true", help="short lengths and small batches only")
     parser.add_argument("--lengths", nargs="*", type=positive(int), help="tokens of the texts (64 256 1024 4096; --quick 64 256)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to time of each size (all)")
     parser.add_argument("--sizes-only", action="store_true", help="no cold start, no growth with length, rank and layers")
     parser.add_argument("--profile", action="store_true", help="only the kernels of a training step, the slowest first")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -335,15 +348,13 @@ def main(argv=None):
     for size in args.size:
         big = size in QWEN3
         part = result[size] = {"matmul GFLOP/s": rate / 1e9, "read GB/s": bandwidth / 1e9}
-        if big:
-            part["training"] = training(size, device, dtype, [(1, 256, 256)] + [(4, 1024, 1024)] * (device.type == "cuda"), rate) if not args.quick else {}
-        else:
-            part["base training"] = base_training(size, device, dtype, 16, 256, rate)
-            part["training"] = training(size, device, dtype, [(1, 256, 256), (16, 256, 256)] + [(128, 64, 160)] * (device.type == "cuda")
-                                        + [(1, 1024, 1024)] * (size == "reference" and not args.quick), rate)
+        if "training" in args.parts:
+            part |= trainings(size, device, dtype, rate, args.quick)
         shine = build(size, device, dtype if big or device.type == "cuda" else torch.float32).eval()      # as shine.py loads them
-        part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
-        part["answering"] = answering(shine, lengths[:3] if big else lengths, bandwidth)
+        if "reading" in args.parts:
+            part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
+        if "answering" in args.parts:
+            part["answering"] = answering(shine, lengths[:3] if big else lengths, bandwidth)
         del shine
         print(json.dumps({size: part}, indent=1), flush=True)
         keep(args.json, result)
