@@ -7,7 +7,8 @@
 Every question is answered greedily, one conversation a text, with the model's own earlier answers in the history. Exact
 match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7)
 
-The baselines train a LoRA of the generated one's rank, on the same linears, for each text, by AdamW:
+The baselines train a LoRA of the generated one's rank, on the same linears, for each text, by AdamW (a LoRA for answering stands
+beside it, as it is, where SHINE is named, and nowhere else):
     sft N         on N conversations about the text (generated texts, or a field "others" in the set), 10 epochs
     ttt N         N steps of language modelling on the text itself (test-time training)
     shine+ttt N   the same from the generated LoRA on
@@ -31,9 +32,10 @@ from shine import DEFAULT_MODEL, Shine
 from train import Peak, evaluate, token_accuracy
 
 CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": "question alone"}
+KINDS = ("sft", "ttt", "shine+ttt")      # of baselines
 SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
 OTHERS = (5,) * max(SFT)      # questions in each conversation to train on
-RATES = (3e-3, 1e-2, 3e-2)
+RATES, RATED = (3e-3, 1e-2, 3e-2), 16      # learning rates, and texts they are chosen on
 LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400)      # of texts in tokens, for the groups
 
 
@@ -47,17 +49,22 @@ def plain_start(shine, rows, seed=0):
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 
-def refuse_two_ranks(shine):
-    """UserError where the generated LoRA is not flat numbers of one rank, as those that `fit` trains are."""
-    if shine.config.answer_r:
-        raise UserError(f"LoRAs trained by gradient are of one rank: not for a hypernetwork with --answer-rank {shine.config.answer_r}")
+def generated_part(shine, lora):
+    """A generated LoRA -> its own numbers, flat (rows, L, P), without what stands beside them for answering."""
+    names, r = [name for name, _, _ in lora_layout(shine.base.config, shine.config.target_modules)], shine.config.r
+    return flatten([{name: (layer[name][0][..., :r], layer[name][1][..., :r, :]) for name in names} for layer in lora])
 
 
-def fit(shine, start, examples, steps, lr, dtype=None, mask=None):
+def as_lora(shine, flat, kind):
+    """flat (rows, L, P) of a kind of baseline -> the LoRA that answers."""
+    return shine.beside(shine.cut(flat)) if kind.startswith("shine") else shine.cut(flat)
+
+
+def fit(shine, start, examples, steps, lr, dtype=None, mask=None, kind="sft"):
     """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
 
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
-    mask (1, L, P): 1 where the LoRA trains, 0 where it stays.
+    mask (1, L, P): 1 where the LoRA trains, 0 where it stays. kind: of baseline, for what stands beside what trains.
     """
     flat = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
@@ -65,7 +72,7 @@ def fit(shine, start, examples, steps, lr, dtype=None, mask=None):
         batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
         batch["weights"] /= batch["weights"].sum(1, keepdim=True)              # the mean of each row; the rows are added
         shine.base.compute_dtype = dtype
-        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, shine.cut(flat), total=1.0).backward()
+        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, as_lora(shine, flat, kind), total=1.0).backward()
         shine.base.compute_dtype = None                                        # between steps LoRAs are scored
         if mask is not None:
             flat.grad.mul_(mask)
@@ -102,8 +109,8 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
         for first in range(0, len(records), group):
             part = records[first:first + group]
             rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
-            start = flatten(shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
-            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine)):
+            start = generated_part(shine, shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
+            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine), kind=kind):
                 if kind != "sft" and step in wanted:
                     out.setdefault(f"{kind} {step}", []).append(flat.clone())
             if kind == "sft":
@@ -111,39 +118,39 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
     return {name: torch.cat(parts) for name, parts in out.items()}
 
 
-def score(shine, records, flat):
-    """Rows of train.evaluate for one trained LoRA a record."""
+def score(shine, records, flat, kind="sft"):
+    """Rows of train.evaluate for one trained LoRA a record, of a kind of baseline."""
     place = {id(r): i for i, r in enumerate(records)}
-    make = lambda group: shine.cut(flat[[place[id(r)] for r in group]])
+    make = lambda group: as_lora(shine, flat[[place[id(r)] for r in group]], kind)
     return evaluate(shine.base, shine.tokenizer, records, "trained", make_lora=make)
 
 
-def choose_rates(shine, records):
+def choose_rates(shine, records, kinds=KINDS):
     """The learning rate of each kind with the best F1 on other texts, at the count in the middle -> ({kind: lr}, {kind: {lr: F1}})."""
     tried = {}
-    for kind, count in (("sft", SFT[1]), ("ttt", TTT[3]), ("shine+ttt", TTT[3])):
+    for kind in kinds:
         for lr in RATES:
-            (flat,) = trained(shine, records, kind, {kind: lr}, (count,)).values()
-            rows = score(shine, records, flat)
+            (flat,) = trained(shine, records, kind, {kind: lr}, (SFT[1] if kind == "sft" else TTT[3],)).values()
+            rows = score(shine, records, flat, kind)
             tried.setdefault(kind, {})[lr] = round(100 * sum(r["f1"] for r in rows) / len(rows), 1)
     return {kind: max(f1, key=f1.get) for kind, f1 in tried.items()}, tried
 
 
-def costs(shine, records, rates):
+def costs(shine, records, rates, conditions=tuple(CONDITIONS)):
     """What a condition costs for one text and its first question, medians over records, one at a time (paper, section 7).
 
     Memory of a training is that of one step; FLOPs are those of the first step (with the start, where that is generated) and of as many second ones.
     """
     shine.requires_grad_(False)      # torch's counter follows modules by hooks, which fail on parameters met without a gradient
-    generated = lambda r: flatten(shine.generate_lora(r["context"]))
+    generated = lambda r: generated_part(shine, shine.generate_lora(r["context"]))
 
     def training(kind, rows, steps, start=lambda r: plain_start(shine, 1)):
-        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind], train_dtype(shine))][-1]
+        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind], train_dtype(shine), kind=kind)][-1]
 
     text = lambda r: text_rows(shine, r)
-    ways = {"shine": (1, lambda r, n: generated(r)), "in-context": (0, None), "question": (0, None),
-            "ttt 30": training("ttt", text, 30), "shine+ttt 30": training("shine+ttt", text, 30, generated)}
-    for count in SFT:
+    ways = {name: way for name, way in (("shine", (1, lambda r, n: generated(r))), ("in-context", (0, None)), ("question", (0, None))) if name in conditions}
+    ways |= {f"{kind} 30": training(kind, text, 30, *start) for kind, start in (("ttt", ()), ("shine+ttt", (generated,))) if kind in rates}
+    for count in SFT if "sft" in rates else ():
         if all(len(r.get("others", ())) >= count for r in records):
             ways[f"sft {count}"] = training("sft", lambda r, count=count: conversation_rows(shine, r, count), EPOCHS * count)
     table = {}
@@ -151,7 +158,7 @@ def costs(shine, records, rates):
         rows = []
         for r in records:
             started = time.perf_counter()
-            lora = shine.cut(prepare(r, steps)) if prepare else None
+            lora = as_lora(shine, prepare(r, steps), name) if prepare else None
             seconds = time.perf_counter() - started if prepare else 0.0
             talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
             ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
@@ -213,7 +220,7 @@ def measure(shine, records, rates=None, conditions=tuple(CONDITIONS)):
     flats = {name: flat for kind in rates or () for name, flat in trained(shine, records, kind, rates).items()}
     for condition in [*conditions, *flats]:
         started = time.perf_counter()
-        rows = score(shine, records, flats[condition]) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
+        rows = score(shine, records, flats[condition], condition) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
         seconds = time.perf_counter() - started
         result[condition] = {"em": interval(rows, "em"), "f1": interval(rows, "f1"), "seconds": round(seconds, 1),
                              "groups": {name: {"em": interval(part, "em"), "f1": interval(part, "f1")["mean"]}
@@ -255,7 +262,8 @@ def main(argv=None):
         "what training has met is learnt, no evaluation set")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
-    add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept")
+    add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept; with "
+        "--baselines: of those only what starts from the generated LoRA, if SHINE is named")
     add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
     add("--limit", type=positive(int), help="at most so many texts of the set, evenly spread over it")
     add("--model", default=str(DEFAULT_MODEL))
@@ -270,8 +278,6 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="the text is longer")
     device, dtype, why = pick_device(args.device)
     shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
-    if args.baselines:
-        refuse_two_ranks(shine)
     if args.data:
         records = read_conversations(args.data)
         records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
@@ -290,13 +296,16 @@ def main(argv=None):
              "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if different := [k for k in ("set", "language model", "texts") if kept.get(k, about[k]) != about[k]]:
         raise UserError(f"{args.json}: its {different[0]} is {kept[different[0]]}, here it is {about[different[0]]}; without --only it is made anew")
-    rates, extra = None, {}
+    conditions, rates, extra, known = args.only or tuple(CONDITIONS), None, {}, tuple(CONDITIONS)
     if args.baselines:
-        rates, tried = choose_rates(shine, [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(16)])
-        extra = {"learning rates": rates, "F1 by learning rate, 16 other texts": tried, "costs": costs(shine, records[:5], rates)}
-    result = measure(shine, records, rates, args.only or CONDITIONS)
+        kinds, known = KINDS if not args.only else ("shine+ttt",) if "shine" in args.only else (), known + KINDS
+        others = [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(RATED)]
+        rates, tried = choose_rates(shine, others, kinds)
+        extra = {"learning rates": rates, "F1 by learning rate, 16 other texts": tried, "costs": costs(shine, records[:5], rates, conditions)}
+        extra = {name: kept.get(name, {}) | part for name, part in extra.items()}
+    result = measure(shine, records, rates, conditions)
     answers = result.pop("answers")
-    result["conditions"] = {c: r for c, r in kept.get("conditions", {}).items() if c in CONDITIONS} | result["conditions"]
+    result["conditions"] = {c: r for c, r in kept.get("conditions", {}).items() if c.split()[0] in known} | result["conditions"]
     result |= extra | about
     if args.generate:
         result["reconstruction token accuracy"] = round(100 * token_accuracy(shine, [r["context"] for r in records[:200]]), 2)

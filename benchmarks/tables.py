@@ -168,8 +168,8 @@ def speed_gpu():
     answer = lambda key: lambda part: f"{part['answering'][key]['first token ms']:.0f} / {part['answering'][key]['tokens/s']:,.0f} / {100 * part['answering'][key]['of the bandwidth']:.0f} %"
     lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
     lines += [line(f"training step of the hypernetwork, {key} tokens: ms / GiB at most", step(key)) for key in ("1 x (256 + 256)", "128 x (64 + 160)", "4 x (1024 + 1024)")]
-    lines += [line(f"LoRA from {title} tokens, ms", lambda part, key=key: f"{part['text to LoRA'][key]['ms']:.0f}")
-              for title, key in (("64", "1 x 64"), ("1,024", "1 x 1024"), ("16 x 1,024", "16 x 1024"))]
+    lines += [line(f"LoRA from {title} tokens, ms; read by a CUDA graph", lambda part, key=key: "{:.1f}; {:.1f}".format(*(part["text to LoRA"][key][k] for k in ("ms", "as a CUDA graph: ms"))))
+              for title, key in (("64", "1 x 64"), ("1,024", "1 x 1024"), ("16 x 64", "16 x 64"), ("16 x 1,024", "16 x 1024"))]
     lines += [line(f"{title}: first token ms / tokens/s / share of the memory bandwidth", answer(key)) for title, key in (
         ("question of 32 tokens, one LoRA, a CUDA graph a token", "LoRA, as a conversation does it"), ("layer by layer", "LoRA, layer by layer"),
         ("behind 1,024 tokens of text, a CUDA graph a token", "text of 1024 tokens in the prompt"))]

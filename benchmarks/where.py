@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import EPOCHS, OTHERS, conversation_rows, fit, interval, refuse_two_ranks, score, train_dtype
+from benchmarks.quality import EPOCHS, OTHERS, conversation_rows, fit, generated_part, interval, score, train_dtype
 from data import Parser, Source, positive, run
-from model import flatten, map_lora, write_json
+from model import map_lora, write_json
 from shine import DEFAULT_MODEL, LoRA, Shine
 from train import evaluate
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")      # the two linears that write to the residual stream
+KIND = "shine"      # of the LoRAs by gradient: what stands beside a generated one stands beside these
 PARTS = {      # name: is (layer counted from the end, linear, half) the text's own?
     "all of it": lambda above, linear, half: True,
     "none of it": lambda above, linear, half: False,
@@ -53,10 +54,10 @@ def shares(lora):
 
 def by_gradient(shine, records, mean, own, rate):
     """One LoRA a record, flat (rows, L, P): the mean, and where own(...) what gradient steps on the record's other conversations make of it."""
-    mask = flatten(mixed(LoRA(map_lora(torch.ones_like, mean), shine.config.r), map_lora(torch.zeros_like, mean), own))
-    rows, start = [conversation_rows(shine, r, len(OTHERS)) for r in records], flatten(mean).repeat(len(records), 1, 1)
+    mask = generated_part(shine, mixed(LoRA(map_lora(torch.ones_like, mean), shine.config.r), map_lora(torch.zeros_like, mean), own))
+    rows, start = [conversation_rows(shine, r, len(OTHERS)) for r in records], generated_part(shine, mean).repeat(len(records), 1, 1)
     steps = EPOCHS * len(OTHERS) if mask.any() else 0
-    return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask))][-1]
+    return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask, KIND))][-1]
 
 
 def asked_before(records):
@@ -79,10 +80,10 @@ def measure(shine, records, others, gradient, rate):
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
     for part, own in PARTS.items() if some else ():
-        rows = score(shine, some, by_gradient(shine, some, mean, own, rate))
+        rows = score(shine, some, by_gradient(shine, some, mean, own, rate), KIND)
         held[part], unmet[part] = interval(rows, "em"), interval([row for row in rows if (row["record"], row["turn"]) not in met], "em")
         print(f"{part}, by gradient: {held[part]['mean']:.1f}, not asked before {unmet[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "by gradient": held, "by gradient, not asked before": unmet, "shares": shares(elsewhere)}
+    return {"parts": parts, "by gradient": held, "by gradient, not asked before": unmet, "shares": shares(shine.cut(generated_part(shine, elsewhere)))}
 
 
 def main(argv=None):
@@ -94,8 +95,6 @@ def main(argv=None):
     parser.add_argument("--json", metavar="OUT", help="write everything measured")
     args = parser.parse_args(argv)
     shine, source = Shine.load(args.model), Source("heldout")
-    if args.gradient:
-        refuse_two_ranks(shine)
     records = [source.sample(random.Random(4 * 10**6 + i), n_turns=4, others=OTHERS) for i in range(args.texts)]
     others = [source.sample(random.Random(5 * 10**6 + i), n_turns=1)["context"] for i in range(64)]
     result = measure(shine, records, others, args.gradient, args.rate) | {"model": Path(args.model).name, "texts": args.texts, "rate": args.rate, "torch": torch.__version__}

@@ -1,5 +1,6 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(
     assert loss(trained) < 0.8 * loss(start)
 
 
-def test_every_condition_is_scored_and_costed(shine, monkeypatch):
+@pytest.mark.parametrize("answer_r", [0, 2])
+def test_every_condition_is_scored_and_costed(shine, monkeypatch, answer_r):
+    if answer_r:
+        shine = shine.retargeted(replace(shine.config, answer_r=answer_r), TEXTS)
     monkeypatch.setattr(quality, "EPOCHS", 1)
     monkeypatch.setattr(quality, "TTT", (1, 3))
     records, rates = [record(t) for t in TEXTS], {"sft": 1e-2, "ttt": 1e-2, "shine+ttt": 1e-3}
@@ -48,6 +52,26 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch):
     assert table["in-context"]["prompt tokens"] > table["shine"]["prompt tokens"] and table["question"]["GFLOP to prepare"] == 0
     assert table["sft 10"]["GFLOP to prepare"] > table["sft 1"]["GFLOP to prepare"] > 0 and table["shine"]["GFLOP to prepare"] > 0
     assert table["ttt 30"]["MiB to prepare"] > 0
+
+
+def test_baselines_of_another_hypernetwork_keep_those_that_do_not_know_it(shine, tmp_path, monkeypatch):
+    for name, value in {"EPOCHS": 1, "TTT": (1,), "SFT": (1,)}.items():
+        monkeypatch.setattr(quality, name, value)
+    runs = iter((1, 2))
+    monkeypatch.setattr(quality, "choose_rates", lambda _, others, kinds=quality.KINDS: ({kind: 1e-3 * run for kind in kinds}, dict.fromkeys(kinds, run)) if (run := next(runs)) else None)
+    monkeypatch.setattr(quality, "costs", lambda _, records, rates, conditions: {name: {"prepare s": rates} for name in [*conditions, *rates]})
+    save(shine, tmp_path / "m")
+    out = tmp_path / "out.json"
+    run = ["--generate", "1", "--turns", "1", "--facts", "1", "--baselines", "--model", str(tmp_path / "m"), "--device", "cpu", "--json", str(out)]
+    quality.main(run)
+    whole = json.loads(out.read_text())
+    assert list(whole["conditions"]) == ["shine", "in-context", "question", "sft 1", "ttt 1", "shine+ttt 1"] and list(whole["costs"]) == ["shine", "in-context", "question", *quality.KINDS]
+    out.write_text(json.dumps(whole | {"conditions": {c: r | {"seconds": -1} for c, r in whole["conditions"].items()}}))
+    quality.main([*run, "--only", "shine"])
+    again = json.loads(out.read_text())
+    assert {c for c, r in again["conditions"].items() if r["seconds"] == -1} == {"in-context", "question", "sft 1", "ttt 1"} and set(again["conditions"]) == set(whole["conditions"])
+    assert {name for name, row in again["costs"].items() if row == {"prepare s": {"shine+ttt": 2e-3}}} == {"shine", "shine+ttt"} and set(again["costs"]) == set(whole["costs"])
+    assert again["learning rates"] == {"sft": 1e-3, "ttt": 1e-3, "shine+ttt": 2e-3}
 
 
 def save(shine, folder):
