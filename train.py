@@ -62,7 +62,7 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
 }
 COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
               rival_share=0.25, mined_share=0.15, scene_share=0.25)
-SIZES = dict(rank=72, meta_rank=24, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
+SIZES = dict(rank=72, meta_rank=24, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0)                        # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
@@ -402,7 +402,7 @@ def parse(argv):
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4); larger than that of --hypernet, where it generates B of one linear: it grows")
-    add("--answer-rank", type=positive(int, zero=True), help="of a trained LoRA for answering, the same for every text, beside the generated one (default 0: none); with --hypernet it may be added")
+    add("--answer-rank", type=positive(int, zero=True), help="of a trained LoRA for answering, the same for every text, beside the generated one (default 8, with --no-static-a 0: none); with --hypernet it may be added")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
     add("--m2p-axes", choices=AXES, help="of a new hypernetwork (default both): along which axes of its grid the M2P attends")
@@ -472,11 +472,11 @@ def unit_memory_states(args):
 def new_config(args, config):
     """The sizes of a new hypernetwork for a language model: what the flags say, else SIZES."""
     static_a = args.static_a is not False
-    sizes = SIZES if static_a else SIZES | {"rank": 4}      # as many memory tokens: B of down_proj is (r, H), one a rank
+    sizes = SIZES if static_a else SIZES | {"rank": 4, "answer_rank": 0}      # as many memory tokens: B of down_proj is (r, H), one a rank
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a, args.answer_rank or 0)
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a, size["answer_rank"])
 
 
 def shipped(device):

@@ -31,7 +31,7 @@ stage() {      # name, folder of the run, its options
 new=(--preset "${PRESET:-small}" ${TOKENIZER:+--tokenizer "$TOKENIZER"} --curriculum 60000)
 [[ ${START:-} ]] && new=(--model "$START" --curriculum 0)
 stage base "$OUT/base" "${new[@]}" --minutes "$BASE" --batch "${BASE_BATCH:-256}" --warmup 200 --copy-share 0.15 --plain-share 0.15 "$@"
-hyper=(--meta-rank 32 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 2.5e-3 --weight-decay 0.05)
+hyper=(--meta-rank 32 --answer-rank 4 --packing 0.2 --recall-share 0.3 --conversations 4 --question-share 0.75 --lr 2.5e-3 --weight-decay 0.05)
 eager=()      # the stage gist is not compiled
 for option in "$@"; do [[ $option == --compile ]] || eager+=("$option"); done
 start=$OUT/base

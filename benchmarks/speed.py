@@ -8,11 +8,11 @@
 Medians of several runs after warm-up; FLOP/s achieved are beside the machine's own matrix product in the same dtype. FLOPs
 are counted by a formula (`flops` below) that is checked against torch's counter. Weights are random but for the two sizes that ship.
 
-    size         hidden  layers  heads (kv)  ffn   vocabulary  r  meta rank
-    tiny         192     6       6 (3)       512   8192        4  64        checkpoints/tiny
-    small        384     10      6 (3)       1024  8192        4  32        checkpoints/small
-    reference    256     8       4 (2)       768   4096        4  32        the size the paper's own code was timed at
-    qwen3-0.6b   1024    28      16 (8)      3072  151936      8  128       bf16 weights
+    size         hidden  layers  heads (kv)  ffn   vocabulary  r   meta rank
+    tiny         192     6       6 (3)       512   8192        72  16         checkpoints/tiny: B of down_proj alone; a LoRA for answering, rank 8
+    small        384     10      6 (3)       1024  8192        72  32         checkpoints/small: B of down_proj alone
+    reference    256     8       4 (2)       768   4096        4   32         the size the paper's own code was timed at
+    qwen3-0.6b   1024    28      16 (8)      3072  151936      8   128        bf16 weights
 """
 import argparse
 import json

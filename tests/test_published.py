@@ -390,7 +390,7 @@ def test_dry_run_counts_what_a_pass_takes(qwen):
                                      "--conversation-length", "64", "--batch", "2", "--device", "cpu", "--float32", "--dry-run"]))
     base = LanguageModel.load(qwen)
     base.compute_dtype = torch.float32
-    shine = Shine(base, Tokenizer.from_hugging_face(qwen), ShineConfig(r=2, meta_r=4, target_modules="down_proj", static_a=True))
+    shine = Shine(base, Tokenizer.from_hugging_face(qwen), ShineConfig(r=2, meta_r=4, target_modules="down_proj", static_a=True, answer_r=8))
     assert out["trained"] == sum(p.numel() for p in shine.trained().values()) and out["frozen_bytes"] == sum(p.nbytes for p in base.parameters())
     own, saved = {p.untyped_storage().data_ptr() for p in shine.parameters()}, {}
     ones = torch.ones(2, 64, dtype=torch.long)

@@ -420,9 +420,10 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     for stage, start in (("gist", folder / "base"), ("pretrain", tmp_path / "gist")):
         train.main(["--stage", stage, "--model", str(start), "--out", str(tmp_path / stage), "--steps", "1"] + (sizes if stage == "gist" else []) + BASE[4:])
     a, b = (load_file(tmp_path / stage / "hypernet.safetensors") for stage in ("gist", "pretrain"))
-    assert {n.split(".")[0] for n in a if not torch.equal(a[n], b[n])} == {"memory", "meta_lora", "lora_a", "m2p"}
+    assert {n.split(".")[0] for n in a if not torch.equal(a[n], b[n])} == {"memory", "meta_lora", "lora_a", "answer_lora", "m2p"}
     assert train.main(["--stage", "pretrain", "--model", str(folder / "base"), "--dry-run", *sizes] + BASE[4:])["trained"] == sum(t.numel() for t in b.values())
-    old = Shine.load(folder / "pre")
+    old = Shine.load(folder / "pre")      # with --no-static-a
+    assert Shine.load(tmp_path / "pretrain").config.answer_r == 8 and old.config.answer_r == 0
     run = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(folder / "pre"), "--out", str(tmp_path / "on"), "--steps", "1"]
     train.main(run + ["--static-a"] + BASE[4:])      # B of down_proj (r, H): as many ranks as memory tokens
     new = Shine.load(tmp_path / "on")
