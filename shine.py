@@ -371,6 +371,14 @@ class Shine(nn.Module):
         lora[:] = [{name: layer[name] for name, _, _ in lora_layout(self.base.config) if name in layer} for layer in lora]      # in the order of the layout
         return lora
 
+    def apart(self, lora):
+        """`beside` undone -> [what is generated, the LoRA for answering, if there is one], each a list of {linear: (A, B)}."""
+        made, r = {name for name, _, _ in lora_layout(self.base.config, self.config.target_modules)}, self.config.r
+        ranks = lambda pair, which: (pair[0][..., which], pair[1][..., which, :])
+        generated = [{name: ranks(pair, slice(r)) for name, pair in layer.items() if name in made} for layer in lora]
+        trained = [{name: ranks(pair, slice(r if name in made else 0, None)) for name, pair in layer.items()} for layer in lora]
+        return [generated] if self.answer_lora is None else [generated, trained]
+
     def cut(self, flat, info=None):
         """Flat (B, L, A and B) -> LoRA of the rank and for the linears that this hypernetwork generates one for."""
         return LoRA(cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
@@ -587,17 +595,20 @@ def inspect(shine, text, say=print):
         halves = "B (A is the same for every text)" if shine.config.static_a else "A, B"
         say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into {halves} of rank "
             f"{shine.config.r}, times sqrt({shine.config.scale})")
-        say("5. what the LoRA does: |A B| / |W| and, in brackets, the effective rank of A B\n   layer  "
-            + "".join(f"{name.split('.')[1]:>15}" for name in lora[0]))
-        for i, layer in enumerate(lora):
-            cells = []
-            for name, (A, B) in layer.items():
-                s = torch.linalg.svdvals(torch.linalg.qr(A[0].float())[1] @ torch.linalg.qr(B[0].float().T)[1].T)   # (r,) those of A B
-                p = s / s.sum()
-                rank = math.exp(-(p * p.clamp(min=1e-12).log()).sum())
-                weight = shine.base.model.layers[i].get_submodule(name).weight
-                cells.append(f"{s.norm() / weight.float().norm():8.1%} ({rank:.1f})")
-            say(f"   {i:5d}  " + "".join(f"{cell:>15}" for cell in cells))
+        for title, part in zip(("5. what the generated LoRA does: |A B| / |W| and, in brackets, the effective rank of A B",
+                                "6. and, the same for every text, the LoRA for answering beside it"), shine.apart(lora)):
+            say(f"{title}\n   layer  " + "".join(f"{name.split('.')[1]:>15}" for name in part[0]))
+            for i, layer in enumerate(part):
+                cells = (f"{size / shine.base.model.layers[i].get_submodule(name).weight.float().norm():8.1%} ({rank:.1f})"
+                         for name, (size, rank) in ((name, size_and_rank(*pair)) for name, pair in layer.items()))
+                say(f"   {i:5d}  " + "".join(f"{cell:>15}" for cell in cells))
+
+
+def size_and_rank(A, B):
+    """A (1, in, r), B (1, r, out) -> the norm of A B and its effective rank (exp of the entropy of its singular values)."""
+    s = torch.linalg.svdvals(torch.linalg.qr(A[0].float())[1] @ torch.linalg.qr(B[0].float().T)[1].T)   # (r,) those of A B
+    p = s / s.sum().clamp(min=1e-12)
+    return s.norm(), math.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
 def shape(x):

@@ -51,8 +51,7 @@ def plain_start(shine, rows, seed=0):
 
 def generated_part(shine, lora):
     """A generated LoRA -> its own numbers, flat (rows, L, P), without what stands beside them for answering."""
-    names, r = [name for name, _, _ in lora_layout(shine.base.config, shine.config.target_modules)], shine.config.r
-    return flatten([{name: (layer[name][0][..., :r], layer[name][1][..., :r, :]) for name in names} for layer in lora])
+    return flatten(shine.apart(lora)[0])
 
 
 def as_lora(shine, flat, kind):

@@ -300,6 +300,11 @@ def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, b
     part = generated_part(new, now)      # from which baselines go on, and what stands beside it stays
     assert torch.equal(part, flatten(was)) and all(torch.equal(a, b) for layer, again in zip(now, as_lora(new, part, "shine+ttt")) for n in layer for a, b in zip(layer[n], again[n]))
     assert as_lora(new, part, "ttt 30").ranks == was.ranks
+    assert torch.equal(flatten(new.apart(now)[1])[0], new.answer_lora) and len(plain.apart(was)) == 1
+    said = []
+    inspect(new, texts[0], said.append)
+    tables = "\n".join(said).split("\n5. ")[1].split("\n6. ")
+    assert [t.split("\n")[1].split()[1:] for t in tables] == [list(was.ranks), names]
     new(batch).backward()
     assert new.answer_lora.grad.abs().max() > 0 and "answer_lora" in new.trained()
     one = now.row(1)
