@@ -7,8 +7,8 @@
             |                                                      ^
     memory states (B, L, M, H) -> M2P (section 4) -> cut into A, B |
 
-What trains: memory embeddings, meta LoRA, M2P (and A, where ShineConfig.static_a generates B alone; and a LoRA for answering, where answer_r wants one). Nothing else; the language model is
-the same frozen one in both passes.
+What trains: memory embeddings, meta LoRA, M2P (and A, where ShineConfig.static_a generates B alone, and a LoRA for answering, where
+answer_r wants one). Nothing else; the language model is the same frozen one in both passes.
 
     python shine.py "Mara keeps a green parrot called Biscuit in the lighthouse." --chat
     python shine.py --file notes.txt --ask "Who came?" --ask "When?" --save notes.safetensors
@@ -260,7 +260,7 @@ class Shine(nn.Module):
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
         self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
-        self.answer_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.answer_r))) if config.answer_r else None     # flat, cut like the meta LoRA
+        self.answer_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.answer_r))) if config.answer_r else None     # flat (L, P), cut like the meta LoRA
         if self.memory.is_meta:
             return
         generator = torch.Generator().manual_seed(seed)
@@ -362,14 +362,12 @@ class Shine(nn.Module):
         (B, r + answer_r, out), since x (A1 A2) (B1; B2) = (x A1) B1 + (x A2) B2."""
         if self.answer_lora is None:
             return lora
-        A, B = next(iter(lora[0].values()))
+        _, B = next(iter(lora[0].values()))
         flat = (self.answer_lora if torch.is_grad_enabled() else self.answer_lora.detach()).to(B.dtype)
-        for layer, trained in zip(lora, cut(flat, self.base.config, self.config.answer_r)):
-            for name, pair in trained.items():
-                pair = tuple(t.expand(len(B), -1, -1) for t in pair)
-                layer[name] = tuple(torch.cat(two, dim) for two, dim in zip(zip(layer[name], pair), (-1, -2))) if name in layer else pair
-        lora[:] = [{name: layer[name] for name, _, _ in lora_layout(self.base.config) if name in layer} for layer in lora]      # in the order of the layout
-        return lora
+        rows = lambda pair: tuple(t.expand(len(B), -1, -1) for t in pair)                               # (in, answer_r), (answer_r, out) -> one a row
+        join = lambda one, two: (torch.cat((one[0], two[0]), -1), torch.cat((one[1], two[1]), -2))
+        return LoRA([{name: join(layer[name], rows(pair)) if name in layer else rows(pair) for name, pair in trained.items()}
+                     for layer, trained in zip(lora, cut(flat, self.base.config, self.config.answer_r))], lora.r, lora.info)
 
     def apart(self, lora):
         """`beside` undone -> [what is generated, the LoRA for answering, if there is one], each a list of {linear: (A, B)}."""

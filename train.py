@@ -945,12 +945,12 @@ def dry_run(args):
     count = sum(p.numel() for p in trained.values())
     frozen = [p for p in module.parameters() if not p.requires_grad]
     frozen, frozen_count = sum(p.nbytes for p in frozen), sum(p.numel() for p in frozen)
-    m2p = sum(p.numel() for n, p in trained.items() if n.startswith("m2p."))      # none in the gist stage
+    parts = {"memory": "memory embeddings", "meta_lora": "meta LoRA", "m2p": "M2P", "lora_a": "A of the LoRA", "answer_lora": "LoRA for answering"}
+    sizes = {called: sum(p.numel() for n, p in trained.items() if n.split(".")[0] == part) for part, called in parts.items()}
     moments = count * (4 if args.moments16 else 8)
     print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
     print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
-          + (f" (memory embeddings {trained['memory'].numel():,}, meta LoRA {trained['meta_lora'].numel():,}, "
-             f"M2P {m2p:,}{''.join(f', {called} {trained[name].numel():,}' for name, called in (('lora_a', 'A of the LoRA'), ('answer_lora', 'LoRA for answering')) if name in trained)})" if shine else ""))
+          + (f" ({', '.join(f'{called} {size:,}' for called, size in sizes.items() if size)})" if shine else ""))
     if shine:
         print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")

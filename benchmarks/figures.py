@@ -204,9 +204,9 @@ def whole(lines):
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
-    parser.add_argument("--to", choices=("training", "gist", "from_nothing", "answer_rank/training"), default="training", help="which result the logs are")
+    parser.add_argument("--to", metavar="RESULT", default="training", help="which of the results the logs are: training, gist, answer_rank/training, small/from_nothing ...")
     if (args := parser.parse_args()).log:
-        keep(args.log, *((f"{MODEL}/from_nothing", whole) if args.to == "from_nothing" else (args.to, evaluations)))
+        keep(args.log, args.to, whole if args.to.endswith("from_nothing") else evaluations)
     quality()
     groups()
     training()

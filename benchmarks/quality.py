@@ -54,16 +54,16 @@ def generated_part(shine, lora):
     return flatten(shine.apart(lora)[0])
 
 
-def as_lora(shine, flat, kind):
-    """flat (rows, L, P) of a kind of baseline -> the LoRA that answers."""
-    return shine.beside(shine.cut(flat)) if kind.startswith("shine") else shine.cut(flat)
+def as_lora(shine, flat, beside):
+    """flat (rows, L, P) -> the LoRA that answers; beside: with the hypernetwork's own LoRA for answering beside it."""
+    return shine.beside(shine.cut(flat)) if beside else shine.cut(flat)
 
 
-def fit(shine, start, examples, steps, lr, dtype=None, mask=None, kind="sft"):
+def fit(shine, start, examples, steps, lr, dtype=None, mask=None, beside=False):
     """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
 
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
-    mask (1, L, P): 1 where the LoRA trains, 0 where it stays. kind: of baseline, for what stands beside what trains.
+    mask (1, L, P): 1 where the LoRA trains, 0 where it stays. beside: see as_lora; it stays.
     """
     flat = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
@@ -71,7 +71,7 @@ def fit(shine, start, examples, steps, lr, dtype=None, mask=None, kind="sft"):
         batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
         batch["weights"] /= batch["weights"].sum(1, keepdim=True)              # the mean of each row; the rows are added
         shine.base.compute_dtype = dtype
-        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, as_lora(shine, flat, kind), total=1.0).backward()
+        shine.base.loss({k: v.to(shine.device) for k, v in batch.items()}, as_lora(shine, flat, beside), total=1.0).backward()
         shine.base.compute_dtype = None                                        # between steps LoRAs are scored
         if mask is not None:
             flat.grad.mul_(mask)
@@ -109,7 +109,7 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
             part = records[first:first + group]
             rows = [conversation_rows(shine, r, count) if kind == "sft" else text_rows(shine, r) for r in part]
             start = generated_part(shine, shine.generate_lora([r["context"] for r in part])) if kind == "shine+ttt" else plain_start(shine, len(part))
-            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine), kind=kind):
+            for step, flat in fit(shine, start, rows, EPOCHS * count if kind == "sft" else count, rates[kind], train_dtype(shine), beside=kind == "shine+ttt"):
                 if kind != "sft" and step in wanted:
                     out.setdefault(f"{kind} {step}", []).append(flat.clone())
             if kind == "sft":
@@ -117,10 +117,10 @@ def trained(shine, records, kind, rates, wanted=None, group=50):
     return {name: torch.cat(parts) for name, parts in out.items()}
 
 
-def score(shine, records, flat, kind="sft"):
-    """Rows of train.evaluate for one trained LoRA a record, of a kind of baseline."""
+def score(shine, records, flat, beside=False):
+    """Rows of train.evaluate for one trained LoRA a record."""
     place = {id(r): i for i, r in enumerate(records)}
-    make = lambda group: as_lora(shine, flat[[place[id(r)] for r in group]], kind)
+    make = lambda group: as_lora(shine, flat[[place[id(r)] for r in group]], beside)
     return evaluate(shine.base, shine.tokenizer, records, "trained", make_lora=make)
 
 
@@ -130,7 +130,7 @@ def choose_rates(shine, records, kinds=KINDS):
     for kind in kinds:
         for lr in RATES:
             (flat,) = trained(shine, records, kind, {kind: lr}, (SFT[1] if kind == "sft" else TTT[3],)).values()
-            rows = score(shine, records, flat, kind)
+            rows = score(shine, records, flat, kind == "shine+ttt")
             tried.setdefault(kind, {})[lr] = round(100 * sum(r["f1"] for r in rows) / len(rows), 1)
     return {kind: max(f1, key=f1.get) for kind, f1 in tried.items()}, tried
 
@@ -144,20 +144,20 @@ def costs(shine, records, rates, conditions=tuple(CONDITIONS)):
     generated = lambda r: generated_part(shine, shine.generate_lora(r["context"]))
 
     def training(kind, rows, steps, start=lambda r: plain_start(shine, 1)):
-        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind], train_dtype(shine), kind=kind)][-1]
+        return steps, lambda r, n: [flat for _, flat in fit(shine, start(r), [rows(r)], n, rates[kind], train_dtype(shine), beside=kind == "shine+ttt")][-1]
 
     text = lambda r: text_rows(shine, r)
-    ways = {name: way for name, way in (("shine", (1, lambda r, n: generated(r))), ("in-context", (0, None)), ("question", (0, None))) if name in conditions}
-    ways |= {f"{kind} 30": training(kind, text, 30, *start) for kind, start in (("ttt", ()), ("shine+ttt", (generated,))) if kind in rates}
-    for count in SFT if "sft" in rates else ():
+    ways = {"shine": (1, lambda r, n: generated(r)), "in-context": (0, None), "question": (0, None),
+            "ttt 30": training("ttt", text, 30), "shine+ttt 30": training("shine+ttt", text, 30, generated)}
+    for count in SFT:
         if all(len(r.get("others", ())) >= count for r in records):
             ways[f"sft {count}"] = training("sft", lambda r, count=count: conversation_rows(shine, r, count), EPOCHS * count)
     table = {}
-    for name, (steps, prepare) in ways.items():
+    for name, (steps, prepare) in ((name, way) for name, way in ways.items() if name in conditions or name.split()[0] in rates):
         rows = []
         for r in records:
             started = time.perf_counter()
-            lora = as_lora(shine, prepare(r, steps), name) if prepare else None
+            lora = as_lora(shine, prepare(r, steps), name.startswith("shine")) if prepare else None
             seconds = time.perf_counter() - started if prepare else 0.0
             talk = shine.conversation(lora, r["context"] if name == "in-context" else None)
             ids = torch.tensor([talk.prompt(r["conversations"][0]["content"])], device=shine.device)
@@ -219,7 +219,7 @@ def measure(shine, records, rates=None, conditions=tuple(CONDITIONS)):
     flats = {name: flat for kind in rates or () for name, flat in trained(shine, records, kind, rates).items()}
     for condition in [*conditions, *flats]:
         started = time.perf_counter()
-        rows = score(shine, records, flats[condition], condition) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
+        rows = score(shine, records, flats[condition], condition.startswith("shine")) if condition in flats else evaluate(shine.base, shine.tokenizer, records, condition, shine)
         seconds = time.perf_counter() - started
         result[condition] = {"em": interval(rows, "em"), "f1": interval(rows, "f1"), "seconds": round(seconds, 1),
                              "groups": {name: {"em": interval(part, "em"), "f1": interval(part, "f1")["mean"]}

@@ -72,8 +72,9 @@ def measure(cell, seed, args, data):
     base, out = language_model(cell["model"], args, data), args.out / "hypernetwork"
     shutil.rmtree(args.out / "fresh", ignore_errors=True)
     shutil.copytree(base, args.out / "fresh", ignore=shutil.ignore_patterns("hypernet*", "state*", "log*", "done"))      # without its hypernetwork
-    sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes", "target_modules")] + ["--answer-rank=0"]
+    sizes = [f"--{k.replace('_', '-')}={cell[k]}" for k in ("rank", "meta_rank", "m2p_layers", "m2p_axes", "target_modules")]
     sizes += [f"--{'' if cell[k] == 'yes' else 'no-'}{k.replace('_', '-')}" for k in ("m2p_norm", "static_a")]
+    sizes += ["--answer-rank=0"]      # its first rows are older than the LoRA for answering
     lr, muon_lr = cell["rates"].split()
     common = ["--lr", lr, "--read-lr", lr, "--muon-lr", muon_lr, "--seed", seed, "--warmup", args.steps // 6, "--conversations", 4, "--eval-texts", args.eval_texts, *data]
     phases = {"mixed": [("pretrain", 0.8, args.steps)], "questions only": [("pretrain", 1.0, args.steps)],

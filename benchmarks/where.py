@@ -19,7 +19,6 @@ from shine import DEFAULT_MODEL, LoRA, Shine
 from train import evaluate
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")      # the two linears that write to the residual stream
-KIND = "shine"      # of the LoRAs by gradient: what stands beside a generated one stands beside these
 PARTS = {      # name: is (layer counted from the end, linear, half) the text's own?
     "all of it": lambda above, linear, half: True,
     "none of it": lambda above, linear, half: False,
@@ -57,7 +56,7 @@ def by_gradient(shine, records, mean, own, rate):
     mask = generated_part(shine, mixed(LoRA(map_lora(torch.ones_like, mean), shine.config.r), map_lora(torch.zeros_like, mean), own))
     rows, start = [conversation_rows(shine, r, len(OTHERS)) for r in records], generated_part(shine, mean).repeat(len(records), 1, 1)
     steps = EPOCHS * len(OTHERS) if mask.any() else 0
-    return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask, KIND))][-1]
+    return [start, *(flat for _, flat in fit(shine, start, rows, steps, rate, train_dtype(shine), mask, beside=True))][-1]
 
 
 def asked_before(records):
@@ -80,10 +79,10 @@ def measure(shine, records, others, gradient, rate):
         parts[part] = interval(rows, "em")
         print(f"{part}: {parts[part]['mean']:.1f}", flush=True)
     for part, own in PARTS.items() if some else ():
-        rows = score(shine, some, by_gradient(shine, some, mean, own, rate), KIND)
+        rows = score(shine, some, by_gradient(shine, some, mean, own, rate), beside=True)
         held[part], unmet[part] = interval(rows, "em"), interval([row for row in rows if (row["record"], row["turn"]) not in met], "em")
         print(f"{part}, by gradient: {held[part]['mean']:.1f}, not asked before {unmet[part]['mean']:.1f}", flush=True)
-    return {"parts": parts, "by gradient": held, "by gradient, not asked before": unmet, "shares": shares(shine.cut(generated_part(shine, elsewhere)))}
+    return {"parts": parts, "by gradient": held, "by gradient, not asked before": unmet, "shares": shares(shine.apart(elsewhere)[0])}
 
 
 def main(argv=None):

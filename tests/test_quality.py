@@ -52,6 +52,18 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch, answer_r):
     assert table["in-context"]["prompt tokens"] > table["shine"]["prompt tokens"] and table["question"]["GFLOP to prepare"] == 0
     assert table["sft 10"]["GFLOP to prepare"] > table["sft 1"]["GFLOP to prepare"] > 0 and table["shine"]["GFLOP to prepare"] > 0
     assert table["ttt 30"]["MiB to prepare"] > 0
+    assert list(quality.costs(shine, records[:1], {"shine+ttt": 1e-3}, ("shine",))) == ["shine", "shine+ttt 30"]
+
+
+def test_a_baseline_from_the_generated_lora_keeps_what_stands_beside_it(shine):
+    """Test-time training goes on from what is generated, with the LoRA for answering in place and unmoved; a LoRA from nothing has none."""
+    shine = shine.retargeted(replace(shine.config, answer_r=2), TEXTS)
+    torch.nn.init.normal_(shine.answer_lora, 0, 0.3, generator=torch.Generator().manual_seed(1))
+    generated = shine.generate_lora(TEXTS)
+    start, rows, before = quality.generated_part(shine, generated), [quality.text_rows(shine, record(t)) for t in TEXTS], shine.answer_lora.clone()
+    assert torch.equal(flatten(quality.as_lora(shine, start, True)), flatten(generated)) and quality.as_lora(shine, start, False).ranks["q_proj"] == 2
+    moved = {beside: [flat.clone() for _, flat in quality.fit(shine, start, rows, 1, 1e-2, beside=beside)][-1] for beside in (False, True)}
+    assert not torch.equal(moved[False], moved[True]) and torch.equal(shine.answer_lora, before)
 
 
 def test_baselines_of_another_hypernetwork_keep_those_that_do_not_know_it(shine, tmp_path, monkeypatch):
@@ -127,7 +139,7 @@ def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine, monkeypatch
     assert torch.equal(same, start)
     assert where.asked_before([record("x"), record("y") | {"conversations": record("y")["others"][3]}]) == {(1, 0)}
     marked = [record("x"), record("y") | {"conversations": record("y")["others"][3]}]
-    monkeypatch.setattr(where, "score", lambda *_: [{"record": 0, "turn": 0, "em": 0.0}, {"record": 1, "turn": 0, "em": 1.0}])      # the second was asked before
+    monkeypatch.setattr(where, "score", lambda *_, **__: [{"record": 0, "turn": 0, "em": 0.0}, {"record": 1, "turn": 0, "em": 1.0}])      # the second was asked before
     result = where.measure(shine, marked, TEXTS, 2, 1e-2)
     assert {(held["mean"], unmet["mean"], unmet["questions"]) for held, unmet in zip(result["by gradient"].values(), result["by gradient, not asked before"].values())} == {(50, 0, 1)}
 

@@ -33,7 +33,7 @@ def test_cells_differ_in_one_thing_and_are_not_run_twice(tmp_path, calls, capsys
     scaling.main(arguments)
     cells = json.loads((tmp_path / "s.json").read_text())["cells"]
     assert len(cells) == 5 and len(calls) == 6                       # "pretrain first" takes two runs
-    assert [value(a, "--rank") for a in calls[:3]] == ["4", "2", "8"] and all(value(a, "--meta-rank") == "24" for a in calls[:3])
+    assert [value(a, "--rank") for a in calls[:3]] == ["4", "2", "8"] and all(value(a, "--meta-rank") == "24" and value(a, "--answer-rank") == "0" for a in calls[:3])
     first, second = calls[3:5]
     assert value(first, "--question-share") == "0.0" and value(second, "--stage") == "finetune" and value(second, "--model").endswith("first")
     assert {value(a, "--steps") for a in (first, second)} == {"4"} and value(calls[5], "--question-share") == "1.0"

@@ -509,6 +509,13 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("state.safetensors", train.BEFORE), b"older")
 
 
+def test_a_part_timed_anew_leaves_the_others_of_its_size(tmp_path):
+    from benchmarks.speed import keep
+    keep(tmp_path / "s.json", {"torch": "1", "tiny": {"training": 1, "answering": 2}, "small": {"answering": 3}})
+    keep(tmp_path / "s.json", {"torch": "2", "tiny": {"answering": 4}})
+    assert json.loads((tmp_path / "s.json").read_text()) == {"torch": "2", "tiny": {"training": 1, "answering": 4}, "small": {"answering": 3}}
+
+
 @pytest.mark.parametrize("size, answer_r", [("reference", 0), ("tiny", 0), ("tiny", 48)])      # a LoRA for seven linears; B alone for one; and one for answering
 def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size, answer_r):
     from benchmarks.speed import batch_of, build, counted, flops
