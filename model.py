@@ -145,12 +145,12 @@ def lora_size(config, r, modules="all", halves="AB"):
 def cut(flat, config, r, modules="all", halves="AB"):
     """Cut flat parameters into a LoRA; no parameter is involved (paper, section 4).
 
-    flat (L, P) or (B, L, P), row-major: for each linear in layout order first A (in, r), then B (r, out).
-    Returns a LoRA: a list over the L layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out). halves "A" or "B": flat holds
+    flat (L, P) or (B, L, P), row-major: for each linear in layout order first A (in, r), then B (r, out); L: of the model, or of some layers.
+    Returns a LoRA: a list over these layers of {name: (A, B)} with A ([B,] in, r), B ([B,] r, out). halves "A" or "B": flat holds
     these alone, and the list is of {name: (A,)} or {name: (B,)}.
     """
     layout, lead = lora_layout(config, modules), flat.shape[:-2]
-    assert flat.shape[-2:] == (config.num_hidden_layers, lora_size(config, r, modules, halves)), (flat.shape, r)
+    assert flat.shape[-1] == lora_size(config, r, modules, halves), (flat.shape, r)
     shapes = {name: [{"A": (n_in, r), "B": (r, n_out)}[half] for half in halves] for name, n_in, n_out in layout}
     sizes = [a * b for pair in shapes.values() for a, b in pair]
     lora = []
@@ -161,8 +161,8 @@ def cut(flat, config, r, modules="all", halves="AB"):
 
 
 def flatten(lora):
-    """The inverse of cut: a LoRA -> flat ([B,] L, P)."""
-    return torch.stack([torch.cat([t.flatten(-2) for pair in layer.values() for t in pair], -1) for layer in lora], -2)
+    """The inverse of cut: a LoRA -> flat ([B,] L, P), L: the layers that have one."""
+    return torch.stack([torch.cat([t.flatten(-2) for pair in layer.values() for t in pair], -1) for layer in lora if layer], -2)
 
 
 def map_lora(fn, lora):

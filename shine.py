@@ -56,6 +56,7 @@ class ShineConfig:
     m2p_norm: bool = False          # memory states divided by their root mean square first, see m2p.M2P
     target_modules: str = "all"     # the linears that a LoRA is generated for: the paper's seven, or some, "o_proj,down_proj"
     static_a: bool = False          # A is trained, the same for every text, and B alone generated (not in the paper): more rank from as many memory tokens
+    lora_layers: int = 0            # the last so many layers have a generated LoRA, and the M2P sees their memory states alone (not in the paper); 0: all L
     answer_r: int = 0               # rank of a LoRA for answering, of the paper's seven linears, trained, the same for every text (not in the paper)
 
     @property
@@ -70,7 +71,7 @@ PUBLISHED_LENGTHS = dict(context_length=2380, conversation_length=1150)     # th
 
 class LoRA(list):
     """A generated LoRA: a list over the L layers of {name: (A, B)}; `info` says what it was made from. r: the rank that is generated;
-    a linear may have another, where something trained stands beside it (Shine.beside)."""
+    a linear may have another, where something trained stands beside it (Shine.beside), and a layer none (ShineConfig.lora_layers)."""
 
     def __init__(self, layers, r, info=None):
         super().__init__(layers)
@@ -78,8 +79,8 @@ class LoRA(list):
 
     @property
     def ranks(self):
-        """{last name of a linear: its rank}"""
-        return {name.split(".")[1]: B.shape[-2] for name, (_, B) in self[0].items()}
+        """{linear of a layer: its rank}, "layers.0.mlp.down_proj": 72"""
+        return {f"layers.{i}.{name}": B.shape[-2] for i, layer in enumerate(self) for name, (_, B) in layer.items()}
 
     def row(self, i):
         """The LoRA of one row of the batch, still with a batch axis of 1."""
@@ -90,8 +91,7 @@ class LoRA(list):
         """Write one row as safetensors: layers.<i>.<linear>.lora_A (in, r), .lora_B (r, out); the text itself is not in it."""
         tensors = {f"layers.{i}.{name}.lora_{half}": t[0].detach().cpu().contiguous()
                    for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
-        info = {k: str(v) for k, v in self.row(0).info.items()} | {
-            "format": "shine-lora-1", "r": str(self.r), "target_modules": ",".join(self.ranks), "ranks": ",".join(map(str, self.ranks.values()))}
+        info = {k: str(v) for k, v in self.row(0).info.items()} | {"format": "shine-lora-1", "r": str(self.r)}
         write_file(path, lambda p: save_file(tensors, p, metadata=info))
 
     def export_peft(self, folder, base_name):
@@ -99,12 +99,13 @@ class LoRA(list):
         so that PEFT's factor alpha / r is 1. base_name: what PEFT's users load the language model by."""
         tensors = {f"base_model.model.model.layers.{i}.{name}.lora_{half}.weight": t[0].detach().float().cpu().T.contiguous()
                    for i, layer in enumerate(self.one_row()) for name, pair in layer.items() for half, t in zip("AB", pair)}
+        other = {name: r for name, r in self.ranks.items() if r != self.r}
         with new_folder(folder) as folder:
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             write_json(folder / "adapter_config.json", {
                 "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
-                "lora_alpha": self.r, "rank_pattern": (other := {name: r for name, r in self.ranks.items() if r != self.r}), "alpha_pattern": other,
-                "target_modules": list(self.ranks), "lora_dropout": 0.0, "bias": "none",
+                "target_modules": [name.split(".")[1] for name in self[-1]],
+                "layers_to_transform": None if all(self) else [i for i, layer in enumerate(self) if layer], "lora_alpha": self.r, "rank_pattern": other, "alpha_pattern": other, "lora_dropout": 0.0, "bias": "none",
                 "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
 
     def merge_into(self, base_folder, folder):
@@ -127,7 +128,7 @@ class LoRA(list):
                 Tokenizer.load(base_folder).save_hugging_face(folder)
 
     def one_row(self):
-        rows = len(next(iter(self[0].values()))[0])
+        rows = len(next(iter(self[-1].values()))[0])
         assert rows == 1, f"one row at a time: lora.row(i) first; this has {rows}"
         return self
 
@@ -142,16 +143,18 @@ class LoRA(list):
         if info.get("base") != fingerprint(base):
             raise UserError(f"{path} was made for another language model ({info.get('base_name') or 'unnamed'}, {info.get('base')}; "
                             f"this one is {fingerprint(base)})")
-        number = lambda text: int(text) if text.isdigit() else 0
-        r, layout = number(info.get("r", "")), lora_layout(base.config, info.get("target_modules", "all"))
-        ranks = [number(part) for part in info["ranks"].split(",")] if "ranks" in info else [r] * len(layout)
-        if len(ranks) != len(layout):
-            raise UserError(f"{path} is damaged: {len(ranks)} ranks for {len(layout)} linears")
-        check_tensors(path, tensors, {f"layers.{i}.{name}.lora_{half}": shape for i in range(base.config.num_hidden_layers)
-                                      for (name, n_in, n_out), rank in zip(layout, ranks) for half, shape in (("A", (n_in, rank)), ("B", (rank, n_out)))})
-        device = base.model.norm.weight.device
+        layers, shapes, device = [], {}, base.model.norm.weight.device
+        for i in range(base.config.num_hidden_layers):      # a layer may have a LoRA for some linears, of any rank, or none
+            there = {name: sizes for name, *sizes in lora_layout(base.config) if f"layers.{i}.{name}.lora_A" in tensors}
+            for name, (n_in, n_out) in there.items():
+                A = f"layers.{i}.{name}.lora_A"
+                shapes |= {A: (n_in, *tensors[A].shape[1:2]), A[:-1] + "B": (*tensors[A].shape[1:2], n_out)}
+            layers.append(there)
+        check_tensors(path, tensors, shapes)
+        if not layers[-1]:
+            raise UserError(f"{path} is damaged: it has no LoRA for the last layer")
         pair = lambda i, name: tuple(tensors[f"layers.{i}.{name}.lora_{half}"][None].to(device) for half in "AB")
-        return cls([{name: pair(i, name) for name, _, _ in layout} for i in range(base.config.num_hidden_layers)], r, info)
+        return cls([{name: pair(i, name) for name in there} for i, there in enumerate(layers)], int(info["r"]) if info.get("r", "").isdigit() else 0, info)
 
 
 def smallest_rank(config, modules="all", halves="AB"):
@@ -248,18 +251,21 @@ class Shine(nn.Module):
         self.reads_only = False            # behind the stage gist: no M2P has trained yet
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules, config.generated)
+        self.K = config.lora_layers or L      # the last layers, which a LoRA is generated for
+        if not 0 < self.K <= L:
+            raise UserError(f"lora_layers {config.lora_layers}: the language model has {L} layers")
         try:
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self.m2p = M2P(L, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes, config.m2p_norm)
+                self.m2p = M2P(self.K, self.M, H, config.m2p_layers, config.m2p_heads or None, config.m2p_axes, config.m2p_norm)
         except ValueError as error:
             fits = smallest_rank(c, config.target_modules, config.generated)
             hint = "" if config.r % fits == 0 else f" (--rank: a multiple of {fits} fits)"
             raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
-        self.lora_a = nn.Parameter(torch.zeros(L, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
+        self.lora_a = nn.Parameter(torch.zeros(self.K, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
         self.answer_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.answer_r))) if config.answer_r else None     # flat (L, P), cut like the meta LoRA
         if self.memory.is_meta:
             return
@@ -309,22 +315,24 @@ class Shine(nn.Module):
             rank, left = divmod(config.r * self.M, new.M)
             raise UserError(f"such a LoRA is cut out of {new.M} memory tokens, this hypernetwork has {self.M}: "
                             + ("" if left else f"choose a rank of {rank}, or ") + "train a new one")
-        own = new.trained()
+        own, same = new.trained(), min(self.K, new.K)
         for name, p in self.trained().items():
             if name in own and p.shape == own[name].shape:
                 own[name].data = p.data.clone()
             elif grows and name in ("memory", "m2p.token_pe"):
                 own[name].data[:len(p)] = p.data
-            elif grows and name == "lora_a":      # (L, in * r)
+            elif name in ("m2p.layer_pe", "lora_a") and p.shape[1] == own[name].shape[1]:      # of the layers that both generate for
+                own[name].data[-same:] = p.data[-same:]
+            elif grows and name == "lora_a":      # (K, in * r)
                 A, old = (t.data.view(len(t), layout[0][1], -1) for t in (own[name], p))
-                A.zero_()[:, :, :c.r] = old
+                A.zero_()[-same:, :, :c.r] = old[-same:]
         if config.static_a and not self.config.static_a:
-            where = [cut(torch.arange(self.P, device=self.device).repeat(base.num_hidden_layers, 1), base, c.r, c.target_modules, c.generated)[0]
+            where = [cut(torch.arange(self.P, device=self.device)[None], base, c.r, c.target_modules, c.generated)[0]
                      for c in (self.config, config)]      # which of the P numbers each A and B is made of
             lora = self.generate_lora(texts)
-            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A")):
+            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A"), len(new.nothing)):
                 for name, (A,) in layer.items():
-                    if name in where[0]:
+                    if name in lora[i]:
                         same = (where[1][name][-1][:, None, 0] == where[0][name][-1][:, 0]).nonzero()      # ranks (new, old) with the same B
                         A[:, same[:, 0]] = lora[i][name][0].mean(0)[:, same[:, 1]]
         return new
@@ -336,33 +344,35 @@ class Shine(nn.Module):
 
     # ------------------------------------------------------------------------ the two passes
     def read(self, context_ids, mask=None, keep=None):
-        """Section 3: ids (B, N), mask (B, N) or None -> memory states (B, L, M, H); their keys and values in `keep`, a MemoryCache."""
+        """Section 3: ids (B, N), mask (B, N) or None -> memory states (B, K, M, H), K = L but for lora_layers; their keys and values, of all L, in
+        `keep`, a MemoryCache."""
         flat = self.meta_lora
         if torch.is_grad_enabled() and self.base.compute_dtype:      # in training cast once, not pair by pair; else a second copy of all would be too large
             flat = flat.to(self.base.compute_dtype)
         meta = cut(flat, self.base.config, self.config.meta_r) if self.config.meta_r else None
-        return self.base.read(context_ids, mask, self.memory, meta, keep)
+        return self.base.read(context_ids, mask, self.memory, meta, keep)[:, -self.K:]
 
     def to_lora(self, memory_states, trace=None):
-        """Section 4: memory states (B, L, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
+        """Section 4: memory states (B, K, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
         return self.assemble(self.m2p(memory_states, trace))
 
     def assemble(self, numbers):
-        """What the M2P says (B, L, P) -> LoRA."""
+        """What the M2P says (B, K, P) -> LoRA."""
         c, flat = self.config, numbers * math.sqrt(self.config.scale)
         info = {"base": self.base_id, "base_name": self.base.name}
         if not c.static_a:
             return self.beside(self.cut(flat, info))
         static = self.lora_a if torch.is_grad_enabled() else self.lora_a.detach()       # a view of a parameter requires grad even under no_grad
         As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((static.to(flat.dtype), "A"), (flat, "B")))
-        return self.beside(LoRA([{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)], c.r, info))
+        layers = [{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)]
+        return self.beside(LoRA(self.nothing + layers, c.r, info))
 
     def beside(self, lora):
         """What is generated and the LoRA for answering, if there is one: (B, in, r), (B, r, out) of a linear -> (B, in, r + answer_r),
         (B, r + answer_r, out), since x (A1 A2) (B1; B2) = (x A1) B1 + (x A2) B2."""
         if self.answer_lora is None:
             return lora
-        _, B = next(iter(lora[0].values()))
+        _, B = next(iter(lora[-1].values()))
         flat = (self.answer_lora if torch.is_grad_enabled() else self.answer_lora.detach()).to(B.dtype)
         rows = lambda pair: tuple(t.expand(len(B), -1, -1) for t in pair)                               # (in, answer_r), (answer_r, out) -> one a row
         join = lambda one, two: (torch.cat((one[0], two[0]), -1), torch.cat((one[1], two[1]), -2))
@@ -371,15 +381,21 @@ class Shine(nn.Module):
 
     def apart(self, lora):
         """`beside` undone -> [what is generated, the LoRA for answering, if there is one], each a list of {linear: (A, B)}."""
-        made, r = {name for name, _, _ in lora_layout(self.base.config, self.config.target_modules)}, self.config.r
+        linears, r = {name for name, _, _ in lora_layout(self.base.config, self.config.target_modules)}, self.config.r
+        made = [set()] * len(self.nothing) + [linears] * self.K
         ranks = lambda pair, which: (pair[0][..., which], pair[1][..., which, :])
-        generated = [{name: ranks(pair, slice(r)) for name, pair in layer.items() if name in made} for layer in lora]
-        trained = [{name: ranks(pair, slice(r if name in made else 0, None)) for name, pair in layer.items()} for layer in lora]
+        generated = [{name: ranks(pair, slice(r)) for name, pair in layer.items() if name in names} for layer, names in zip(lora, made)]
+        trained = [{name: ranks(pair, slice(r if name in names else 0, None)) for name, pair in layer.items()} for layer, names in zip(lora, made)]
         return [generated] if self.answer_lora is None else [generated, trained]
 
     def cut(self, flat, info=None):
-        """Flat (B, L, A and B) -> LoRA of the rank and for the linears that this hypernetwork generates one for."""
-        return LoRA(cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
+        """Flat (B, K, A and B) -> LoRA of the rank and for the linears and layers that this hypernetwork generates one for."""
+        return LoRA(self.nothing + cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
+
+    @property
+    def nothing(self):
+        """The LoRA of the layers below those that have one."""
+        return [{}] * (self.base.config.num_hidden_layers - self.K)
 
     def generate_lora(self, context, mask=None):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
@@ -583,20 +599,22 @@ def inspect(shine, text, say=print):
         states = shine.read(context)
         say(f"2. reading: {len(ids)} context + {shine.M} memory tokens through {c.num_hidden_layers} layers with the meta LoRA of rank "
             f"{shine.config.meta_r}\n   memory states {shape(states)}; mean norm of a state after each layer:")
-        say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist())))
-        say(f"3. M2P: {shine.config.m2p_layers} encoder layers over the grid of L x M = {c.num_hidden_layers} x {shine.M}; "
-            "mean norm, spread over L, spread over M")
+        say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist(), len(shine.nothing))))
+        say(f"3. M2P: {shine.config.m2p_layers} encoder layers over the grid of L x M = {shine.K} x {shine.M}; "
+            "mean norm, spread over L, spread over M" + (f" (L: the last {shine.K} layers)" if shine.nothing else ""))
 
         def trace(name, x):
-            say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1).mean():.3f}  {x.std(2).mean():.3f}")
+            say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1, correction=0).mean():.3f}  {x.std(2, correction=0).mean():.3f}")
         lora = shine.to_lora(states, trace)
         halves = "B (A is the same for every text)" if shine.config.static_a else "A, B"
         say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into {halves} of rank "
             f"{shine.config.r}, times sqrt({shine.config.scale})")
         for title, part in zip(("5. what the generated LoRA does: |A B| / |W| and, in brackets, the effective rank of A B",
                                 "6. and, the same for every text, the LoRA for answering beside it"), shine.apart(lora)):
-            say(f"{title}\n   layer  " + "".join(f"{name.split('.')[1]:>15}" for name in part[0]))
+            say(f"{title}\n   layer  " + "".join(f"{name.split('.')[1]:>15}" for name in part[-1]))
             for i, layer in enumerate(part):
+                if not layer:
+                    continue
                 cells = (f"{size / shine.base.model.layers[i].get_submodule(name).weight.float().norm():8.1%} ({rank:.1f})"
                          for name, (size, rank) in ((name, size_and_rank(*pair)) for name, pair in layer.items()))
                 say(f"   {i:5d}  " + "".join(f"{cell:>15}" for cell in cells))
@@ -646,10 +664,10 @@ def absorb(shine, text, say):
         torch.cuda.synchronize()
     ms = (time.perf_counter() - started) * 1000
     tensors = [t for layer in lora for pair in layer.values() for t in pair]
-    numbers, size = shine.P * len(lora), sum(t.nbytes for t in tensors) / 1024
+    numbers, size = shine.P * shine.K, sum(t.nbytes for t in tensors) / 1024
     say(f"read {len(ids)} tokens in one forward pass: {numbers:,} LoRA numbers in {ms:.0f} ms")
-    linears = [len(lora_layout(shine.base.config, shine.config.target_modules)), len(lora[0])]
-    say(f"rank {lora.r} on {linears[0]} linear{'s' * (linears[0] > 1)} of {len(lora)} layers"
+    linears = [len(lora_layout(shine.base.config, shine.config.target_modules)), len(lora[-1])]
+    say(f"rank {lora.r} on {linears[0]} linear{'s' * (linears[0] > 1)} of {shine.K} layer{'s' * (shine.K > 1)}"
         + (f" beside one for answering, rank {shine.config.answer_r} on {linears[1]}" if shine.config.answer_r else "") + f", {size:.0f} KiB; the text is no longer needed")
     return lora, {"tokens": len(ids), "left_out": left, "numbers": numbers, "milliseconds": round(ms, 2), "rank": lora.r}
 

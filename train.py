@@ -62,7 +62,7 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
 }
 COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
               rival_share=0.25, mined_share=0.15, scene_share=0.25)
-SIZES = dict(rank=72, meta_rank=24, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
+SIZES = dict(rank=72, meta_rank=24, lora_layers=0, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0)                        # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
@@ -366,7 +366,7 @@ def parse(argv):
     add("--model", default=None, help="model folder to start from (default: checkpoints/small on a GPU, checkpoints/tiny on a CPU; stage base: nothing)")
     add("--base", help="stages gist, pretrain and finetune: a Hugging Face Qwen3 folder as the frozen language model")
     add("--hypernet", help="stages gist, pretrain and finetune: start from this folder's hypernetwork, made for an earlier state of the language model, or, with "
-        "--rank, --target-modules, --static-a, --answer-rank, for another LoRA from as many memory tokens (a larger --rank: from more)")
+        "--rank, --target-modules, --static-a, --lora-layers, --answer-rank, for another LoRA from as many memory tokens (a larger --rank: from more)")
     add("--out", default=None, help="folder to write (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", type=positive(int), help="optimizer steps (instead of --minutes)")
@@ -402,6 +402,7 @@ def parse(argv):
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4); larger than that of --hypernet, where it generates B of one linear: it grows")
+    add("--lora-layers", type=positive(int, zero=True), help="of a new hypernetwork: the last so many layers get a generated LoRA, the others none (default 0: all); with --hypernet another number")
     add("--answer-rank", type=positive(int, zero=True), help="of a trained LoRA for answering, the same for every text, beside the generated one (default 8, with --no-static-a 0: none); with --hypernet it may be added")
     add("--meta-rank", type=positive(int, zero=True), help="of a new hypernetwork (default 24); larger than that of --model: its meta LoRA grows")
     add("--m2p-layers", type=positive(int, zero=True), help="of a new hypernetwork (default 4)")
@@ -476,7 +477,8 @@ def new_config(args, config):
     size = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()}
     scale = round(args.scale or 0.02 * min(1, 192 / config.hidden_size), 6)      # see ShineConfig.scale
     return ShineConfig(size["rank"], size["meta_rank"], size["m2p_layers"], args.m2p_heads or 0, scale, size["context_length"],
-                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a, size["answer_rank"])
+                       size["conversation_length"], args.m2p_axes or "both", args.m2p_norm is not False, args.target_modules or ("down_proj" if static_a else "all"), static_a,
+                       size["lora_layers"], size["answer_rank"])
 
 
 def shipped(device):
@@ -513,7 +515,7 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
-        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a, "answer_r": args.answer_rank}
+        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a, "lora_layers": args.lora_layers, "answer_r": args.answer_rank}
         if args.static_a and not c.static_a and not args.target_modules:      # as a new one: see new_config
             asked |= {"r": args.rank or shine.M, "target_modules": "down_proj"}
         if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v not in (None, getattr(c, k))}):
@@ -521,7 +523,7 @@ def build(args, device, dtype, texts):
             shine = shine.retargeted(replace(c, **asked), [source.sample(random.Random(args.seed + i), 1)["context"] for i in range(64)], args.seed)
             c = shine.config
         for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm),
-                            ("target_modules", c.target_modules), ("static_a", c.static_a), ("answer_rank", c.answer_r)):
+                            ("target_modules", c.target_modules), ("static_a", c.static_a), ("lora_layers", c.lora_layers), ("answer_rank", c.answer_r)):
             if getattr(args, name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
         shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})
@@ -742,7 +744,7 @@ class Run:
         self.say(f"{args.stage} on {self.machine}: {count(self.module.trained().values()):,} parameters train, "
                  f"{count(p for p in self.module.parameters() if not p.requires_grad):,} frozen"
                  + (f" (of those of layers {here:,} in this process)" if args.shard else "")
-                 + (f", M = {self.shine.M} memory tokens, {self.shine.P * self.model.config.num_hidden_layers:,} numbers in a LoRA" if self.shine else ""))
+                 + (f", M = {self.shine.M} memory tokens, {self.shine.P * self.shine.K:,} numbers in a LoRA" if self.shine else ""))
         self.log_line(args=vars(args), machine=self.machine, torch=torch.__version__)
 
     def checkpoint(self):
@@ -952,7 +954,7 @@ def dry_run(args):
     print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
           + (f" ({', '.join(f'{called} {size:,}' for called, size in sizes.items() if size)})" if shine else ""))
     if shine:
-        print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * config.num_hidden_layers:,} numbers")
+        print(f"LoRA          rank {shine.config.r}, M = {shine.M} memory tokens, {shine.P * shine.K:,} numbers")
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")
           + f", {args.accumulate} of them a step, loss on all of the conversation")
     print("memory, GiB   activations kept   checkpointing   (this run: " + ("the second)" if args.checkpointing else "the first)"))

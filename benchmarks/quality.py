@@ -41,29 +41,29 @@ LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400)      # of texts in tokens, fo
 
 # ---------------------------------------------------------------------------- LoRAs trained by gradient
 def plain_start(shine, rows, seed=0):
-    """A LoRA's usual start, flat (rows, L, P): A uniform within 1 / sqrt(in), B zero."""
+    """A LoRA's usual start, flat (rows, K, P): A uniform within 1 / sqrt(in), B zero."""
     c, r, generator = shine.base.config, shine.config.r, torch.Generator().manual_seed(seed)
     parts = []
     for _, n_in, n_out in lora_layout(c, shine.config.target_modules):
-        parts += [(torch.rand(c.num_hidden_layers, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(c.num_hidden_layers, r * n_out)]
+        parts += [(torch.rand(shine.K, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(shine.K, r * n_out)]
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 
 def generated_part(shine, lora):
-    """A generated LoRA -> its own numbers, flat (rows, L, P), without what stands beside them for answering."""
+    """A generated LoRA -> its own numbers, flat (rows, K, P), without what stands beside them for answering."""
     return flatten(shine.apart(lora)[0])
 
 
 def as_lora(shine, flat, beside):
-    """flat (rows, L, P) -> the LoRA that answers; beside: with the hypernetwork's own LoRA for answering beside it."""
+    """flat (rows, K, P) -> the LoRA that answers; beside: with the hypernetwork's own LoRA for answering beside it."""
     return shine.beside(shine.cut(flat)) if beside else shine.cut(flat)
 
 
 def fit(shine, start, examples, steps, lr, dtype=None, mask=None, beside=False):
-    """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, L, P)).
+    """Train one LoRA a text, all at once: AdamW works number by number, so the rows never meet. Yields (step, flat (rows, K, P)).
 
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
-    mask (1, L, P): 1 where the LoRA trains, 0 where it stays. beside: see as_lora; it stays.
+    mask (1, K, P): 1 where the LoRA trains, 0 where it stays. beside: see as_lora; it stays.
     """
     flat = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
@@ -99,7 +99,7 @@ def text_rows(shine, record):
 
 
 def trained(shine, records, kind, rates, wanted=None, group=50):
-    """{condition: flat LoRAs (rows, L, P)} of one kind ("sft", "ttt", "shine+ttt"), trained here group by group. wanted: these counts only."""
+    """{condition: flat LoRAs (rows, K, P)} of one kind ("sft", "ttt", "shine+ttt"), trained here group by group. wanted: these counts only."""
     out, wanted = {}, wanted or (SFT if kind == "sft" else TTT)
     counts = wanted if kind == "sft" else (max(wanted),)
     for count in counts:

@@ -112,13 +112,14 @@ def flops(c, h, M, B, N, S, counted):
     more for the weight where it trains. Attention scores and values: 4 T^2 q a layer (causality is not used to skip), back twice that.
     """
     L, H, q = c.num_hidden_layers, c.hidden_size, c.num_attention_heads * c.head_dim
+    K = h.lora_layers or L
     body = L * sum(i * o for _, i, o in lora_layout(c))
-    pair, pair_made = (L * sum(i + o for _, i, o in lora_layout(c, modules)) for modules in ("all", h.target_modules))
+    pair, pair_made = (layers * sum(i + o for _, i, o in lora_layout(c, modules)) for layers, modules in ((L, "all"), (K, h.target_modules)))
     T, kv = N + M, c.num_key_value_heads * c.head_dim
     wanted = (L - 1 + M / T) / L                                        # of the last layer's work but keys and values, N tokens need none
     body_read, pair_read = (whole * wanted + (1 - wanted) * L * 2 * one for whole, one in ((body, H * kv), (pair, H + kv)))
     reading = B * (2 * T * body_read * 2 + 4 * T * T * q * L * wanted * 3 + 2 * T * pair_read * h.meta_r * 3)
-    m2p = B * h.m2p_layers * (2 * L * M * 8 * H * H * 3 + 4 * L * M * H * 3 * (L + M) / 2)
+    m2p = B * h.m2p_layers * (2 * K * M * 8 * H * H * 3 + 4 * K * M * H * 3 * (K + M) / 2)
     answering = B * (2 * S * body * 2 + 4 * S * S * q * L * 3 + 2 * S * (pair_made * h.r + pair * h.answer_r) * 3) + 2 * counted * c.vocab_size * H * 2
     return reading + m2p + answering
 

@@ -46,13 +46,13 @@ def mixed(lora, mean, own):
 
 
 def shares(lora):
-    """{linear: {half: [share of the numbers of each layer that depends on the text]}} of a LoRA of many rows."""
+    """{linear: {half: [share of the numbers of each layer that has any that depends on the text]}} of a LoRA of many rows."""
     share = lambda t: round(((t - t.mean(0)).square().mean() / t.square().mean()).item(), 4)
-    return {name: {half: [share(layer[name][k]) for layer in lora] for k, half in enumerate("AB")} for name in lora[0]}
+    return {name: {half: [share(layer[name][k]) for layer in lora if layer] for k, half in enumerate("AB")} for name in lora[-1]}
 
 
 def by_gradient(shine, records, mean, own, rate):
-    """One LoRA a record, flat (rows, L, P): the mean, and where own(...) what gradient steps on the record's other conversations make of it."""
+    """One LoRA a record, flat (rows, K, P): the mean, and where own(...) what gradient steps on the record's other conversations make of it."""
     mask = generated_part(shine, mixed(LoRA(map_lora(torch.ones_like, mean), shine.config.r), map_lora(torch.zeros_like, mean), own))
     rows, start = [conversation_rows(shine, r, len(OTHERS)) for r in records], generated_part(shine, mean).repeat(len(records), 1, 1)
     steps = EPOCHS * len(OTHERS) if mask.any() else 0

@@ -61,7 +61,7 @@ def test_a_baseline_from_the_generated_lora_keeps_what_stands_beside_it(shine):
     torch.nn.init.normal_(shine.answer_lora, 0, 0.3, generator=torch.Generator().manual_seed(1))
     generated = shine.generate_lora(TEXTS)
     start, rows, before = quality.generated_part(shine, generated), [quality.text_rows(shine, record(t)) for t in TEXTS], shine.answer_lora.clone()
-    assert torch.equal(flatten(quality.as_lora(shine, start, True)), flatten(generated)) and quality.as_lora(shine, start, False).ranks["q_proj"] == 2
+    assert torch.equal(flatten(quality.as_lora(shine, start, True)), flatten(generated)) and quality.as_lora(shine, start, False).ranks["layers.0.self_attn.q_proj"] == 2
     moved = {beside: [flat.clone() for _, flat in quality.fit(shine, start, rows, 1, 1e-2, beside=beside)][-1] for beside in (False, True)}
     assert not torch.equal(moved[False], moved[True]) and torch.equal(shine.answer_lora, before)
 

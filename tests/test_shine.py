@@ -284,7 +284,7 @@ def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, b
     texts, names = ["Mara has a parrot.", "Otto owns a mill."], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     new = plain.retargeted(replace(config, answer_r=2), texts)
     was, now = plain.generate_lora(texts), new.generate_lora(texts)
-    assert list(now.ranks) == names and now.ranks == {name: 2 + was.ranks.get(name, 0) for name in names} and new.M == plain.M
+    assert [name.split(".")[1] for name in now[0]] == names and now.ranks == {name: 2 + was.ranks.get(name, 0) for name in now.ranks} and new.M == plain.M
     ids = torch.tensor([[65, 66, 67]]).expand(2, -1)
     assert close(base(ids, None, now), base(ids, None, was))
     with torch.no_grad():
@@ -301,7 +301,7 @@ def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, b
     said = []
     inspect(new, texts[0], said.append)
     tables = "\n".join(said).split("\n5. ")[1].split("\n6. ")
-    assert [t.split("\n")[1].split()[1:] for t in tables] == [list(was.ranks), names]
+    assert [t.split("\n")[1].split()[1:] for t in tables] == [[name.split(".")[1] for name in layer] for layer in (was[0], now[0])]
     new(batch).backward()
     assert new.answer_lora.grad.abs().max() > 0 and "answer_lora" in new.trained()
     one = now.row(1)
@@ -316,6 +316,48 @@ def test_a_lora_for_answering_stands_beside_the_generated_one(base, tokenizer, b
     tokenizer.save(tmp_path / "m")
     loaded = Shine.load(tmp_path / "m", base=base)
     assert loaded.config == new.config and close(base(ids, None, loaded.generate_lora(texts)), base(ids, None, now))
+
+
+@pytest.mark.parametrize("kind", [dict(r=16, target_modules="down_proj", static_a=True, answer_r=2), dict(r=16, target_modules="down_proj", static_a=True), dict(r=2)])
+def test_a_lora_for_the_last_layers_only(base, tokenizer, batch, tmp_path, kind):
+    """The M2P sees the memory states of these layers; the others have the LoRA for answering or none; taken over from all layers, what is said of these stays."""
+    texts, ids, answers = ["Mara has a parrot.", "Otto owns a mill."], torch.tensor([[65, 66, 67]]).expand(2, -1), "answer_r" in kind
+    whole = Shine(base, tokenizer, ShineConfig(meta_r=3, scale=0.05, **kind), seed=3)
+    with torch.no_grad():
+        for p in [whole.m2p.layer_pe, *([whole.answer_lora] if answers else [])]:
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    shine = whole.retargeted(replace(whole.config, lora_layers=1), texts)
+    assert (whole.K, shine.K, shine.M) == (2, 1, whole.M) and torch.equal(shine.m2p.layer_pe, whole.m2p.layer_pe[1:])
+    states = shine.read(ids)
+    assert torch.equal(states, whole.read(ids)[:, 1:]) and shine.m2p(states).shape == (2, 1, shine.P)
+    lora, before = shine.generate_lora(texts), whole.generate_lora(texts)
+    assert len(lora) == 2 and lora[1].keys() == before[1].keys() and len(lora[0]) == (7 if answers else 0)
+    if answers:
+        assert torch.equal(shine.lora_a, whole.lora_a[1:]) and all(B.shape[-2] == 2 for _, B in lora[0].values())
+    made = shine.apart(lora)[0]
+    assert not made[0] and torch.equal(flatten(shine.beside(shine.cut(flatten(made)))) if not shine.config.static_a else flatten(made), flatten(lora if not answers else made))
+    one = lora.row(1)
+    one.save(tmp_path / "a.safetensors")
+    again = LoRA.load(tmp_path / "a.safetensors", base)
+    logits = base(ids, None, lora)
+    assert again.ranks == lora.ranks and close(base(ids[:1], None, again), logits[1:]) and not close(logits, base(ids), 1e-4)
+    assert shine.conversation(one, max_new_tokens=20).ask("Who?") == answer_batch(base, tokenizer, [[("user", "Who?")]], one, max_new_tokens=20)[0]
+    one.export_peft(tmp_path / "peft", "base")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["layers_to_transform"] == (None if answers else [1])
+    said = []
+    absorb(shine, texts[0], said.append), inspect(shine, texts[0], said.append)
+    assert "of 1 layer" in said[1] and "L x M = 1 x" in "\n".join(said)
+    shine(batch).backward()
+    assert shine.m2p.layer_pe.grad.abs().max() > 0
+    shine.save(tmp_path / "m", torch.float32)
+    save_base(base, tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    loaded = Shine.load(tmp_path / "m", base=base)
+    assert loaded.config == shine.config and close(base(ids, None, loaded.generate_lora(texts)), logits)
+    back = shine.retargeted(whole.config, texts)
+    assert back.K == 2 and torch.equal(back.m2p.layer_pe[1:], shine.m2p.layer_pe)
+    with pytest.raises(UserError, match="lora_layers 3: the language model has 2"):
+        Shine(base, tokenizer, replace(whole.config, lora_layers=3))
 
 
 def test_a_lora_of_b_alone_grows(base, tokenizer, batch):

@@ -433,7 +433,7 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     train.main(more + ["2"] + BASE[4:])
     train.main(more + ["3", "--resume"] + BASE[4:])
     beside = Shine.load(tmp_path / "beside")
-    assert beside.config == replace(new.config, answer_r=2) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["q_proj"] == 2
+    assert beside.config == replace(new.config, answer_r=2) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["layers.0.self_attn.q_proj"] == 2
     with pytest.raises(UserError, match="--answer-rank 3: the hypernetwork in .* has 2"):
         train.main(["--stage", "pretrain", "--model", str(tmp_path / "beside"), "--answer-rank", "3", "--out", str(tmp_path / "no"), "--steps", "1"] + BASE[4:])
     with pytest.raises(UserError, match=f"choose a rank of {old.M}, or"):
