@@ -389,8 +389,9 @@ class Shine(nn.Module):
         return [generated] if self.answer_lora is None else [generated, trained]
 
     def cut(self, flat, info=None):
-        """Flat (B, K, A and B) -> LoRA of the rank and for the linears and layers that this hypernetwork generates one for."""
-        return LoRA(self.nothing + cut(flat, self.base.config, self.config.r, self.config.target_modules), self.config.r, info)
+        """Flat (B, K, A and B) -> LoRA of the last K layers, of the rank and for the linears that this hypernetwork generates one for."""
+        layers = cut(flat, self.base.config, self.config.r, self.config.target_modules)
+        return LoRA([{}] * (self.base.config.num_hidden_layers - len(layers)) + layers, self.config.r, info)
 
     @property
     def nothing(self):

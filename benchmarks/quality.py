@@ -41,11 +41,11 @@ LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400)      # of texts in tokens, fo
 
 # ---------------------------------------------------------------------------- LoRAs trained by gradient
 def plain_start(shine, rows, seed=0):
-    """A LoRA's usual start, flat (rows, K, P): A uniform within 1 / sqrt(in), B zero."""
+    """A LoRA's usual start, flat (rows, L, P): A uniform within 1 / sqrt(in), B zero. Of all layers, also where K < L of them have a generated one."""
     c, r, generator = shine.base.config, shine.config.r, torch.Generator().manual_seed(seed)
     parts = []
     for _, n_in, n_out in lora_layout(c, shine.config.target_modules):
-        parts += [(torch.rand(shine.K, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(shine.K, r * n_out)]
+        parts += [(torch.rand(c.num_hidden_layers, n_in * r, generator=generator) * 2 - 1) / n_in ** 0.5, torch.zeros(c.num_hidden_layers, r * n_out)]
     return torch.cat(parts, -1).to(shine.device).expand(rows, -1, -1).clone()
 
 

@@ -37,10 +37,10 @@ def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(
     assert loss(trained) < 0.8 * loss(start)
 
 
-@pytest.mark.parametrize("answer_r", [0, 2])
-def test_every_condition_is_scored_and_costed(shine, monkeypatch, answer_r):
-    if answer_r:
-        shine = shine.retargeted(replace(shine.config, answer_r=answer_r), TEXTS)
+@pytest.mark.parametrize("config", [{}, {"answer_r": 2}, {"lora_layers": 1}])
+def test_every_condition_is_scored_and_costed(shine, monkeypatch, config):
+    if config:
+        shine = shine.retargeted(replace(shine.config, **config), TEXTS)
     monkeypatch.setattr(quality, "EPOCHS", 1)
     monkeypatch.setattr(quality, "TTT", (1, 3))
     records, rates = [record(t) for t in TEXTS], {"sft": 1e-2, "ttt": 1e-2, "shine+ttt": 1e-3}

@@ -429,11 +429,11 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     new = Shine.load(tmp_path / "on")
     assert new.config.static_a and new.M == new.config.r == old.M and new.config.target_modules == "down_proj"
     assert (new.memory - old.memory).abs().max() < 0.02      # one step away
-    more = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(tmp_path / "on"), "--answer-rank", "2", "--out", str(tmp_path / "beside"), "--steps"]
+    more = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(tmp_path / "on"), "--answer-rank", "2", "--lora-layers", "1", "--out", str(tmp_path / "beside"), "--steps"]
     train.main(more + ["2"] + BASE[4:])
     train.main(more + ["3", "--resume"] + BASE[4:])
     beside = Shine.load(tmp_path / "beside")
-    assert beside.config == replace(new.config, answer_r=2) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["layers.0.self_attn.q_proj"] == 2
+    assert beside.config == replace(new.config, answer_r=2, lora_layers=1) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["layers.0.self_attn.q_proj"] == 2
     with pytest.raises(UserError, match="--answer-rank 3: the hypernetwork in .* has 2"):
         train.main(["--stage", "pretrain", "--model", str(tmp_path / "beside"), "--answer-rank", "3", "--out", str(tmp_path / "no"), "--steps", "1"] + BASE[4:])
     with pytest.raises(UserError, match=f"choose a rank of {old.M}, or"):
@@ -516,10 +516,10 @@ def test_a_part_timed_anew_leaves_the_others_of_its_size(tmp_path):
     assert json.loads((tmp_path / "s.json").read_text()) == {"torch": "2", "tiny": {"training": 1, "answering": 4}, "small": {"answering": 3}}
 
 
-@pytest.mark.parametrize("size, answer_r", [("reference", 0), ("tiny", 0), ("tiny", 48)])      # a LoRA for seven linears; B alone for one; and one for answering
-def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size, answer_r):
+@pytest.mark.parametrize("size, more", [("reference", {}), ("tiny", {}), ("tiny", {"answer_r": 48}), ("reference", {"lora_layers": 2})])      # a LoRA for seven linears; B alone for one; and one for answering
+def test_the_speed_benchmarks_formula_agrees_with_torchs_counter(size, more):
     from benchmarks.speed import batch_of, build, counted, flops
     shine = build(size, torch.device("cpu"), torch.float32)
-    shine = Shine(shine.base, shine.tokenizer, replace(shine.config, answer_r=answer_r)) if answer_r else shine
+    shine = Shine(shine.base, shine.tokenizer, replace(shine.config, **more)) if more else shine
     config, hyper, batch = shine.base.config, shine.config, batch_of(2, 64, 48, shine.base.config.vocab_size, "cpu")
     assert flops(config, hyper, shine.M, 2, 64, 48, len(batch["counted"])) == pytest.approx(counted(lambda: shine(batch).backward()), rel=0.05)
