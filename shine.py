@@ -103,9 +103,10 @@ class LoRA(list):
         with new_folder(folder) as folder:
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             write_json(folder / "adapter_config.json", {
-                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": self.r,
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
                 "target_modules": [name.split(".")[1] for name in self[-1]],
-                "layers_to_transform": None if all(self) else [i for i, layer in enumerate(self) if layer], "lora_alpha": self.r, "rank_pattern": other, "alpha_pattern": other, "lora_dropout": 0.0, "bias": "none",
+                "layers_to_transform": None if all(self) else [i for i, layer in enumerate(self) if layer],
+                "r": self.r, "lora_alpha": self.r, "rank_pattern": other, "alpha_pattern": other, "lora_dropout": 0.0, "bias": "none",
                 "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False})
 
     def merge_into(self, base_folder, folder):
@@ -297,7 +298,7 @@ class Shine(nn.Module):
 
     @torch.no_grad()
     def retargeted(self, config, texts, seed=0):
-        """A hypernetwork with this one's reading and M2P that generates a LoRA of another rank, for other linears, or of B alone.
+        """A hypernetwork with this one's reading and M2P that generates a LoRA of another rank, for other linears or layers, or of B alone.
         What its memory tokens say is new, so it has to be trained. UserError where that LoRA takes another number of memory tokens,
         unless it only grows: where B alone of one linear is generated a higher rank takes more memory tokens behind those that are there,
         whose rows of B are met by columns of A that start at zero.
@@ -329,7 +330,7 @@ class Shine(nn.Module):
         if config.static_a and not self.config.static_a:
             where = [cut(torch.arange(self.P, device=self.device)[None], base, c.r, c.target_modules, c.generated)[0]
                      for c in (self.config, config)]      # which of the P numbers each A and B is made of
-            lora = self.generate_lora(texts)
+            lora = self.apart(self.generate_lora(texts))[0]
             for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A"), len(new.nothing)):
                 for name, (A,) in layer.items():
                     if name in lora[i]:

@@ -251,7 +251,7 @@ def table(result):
     return "\n".join(lines)
 
 
-def main(argv=None):
+def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", help="JSON lines: context, conversations, optionally accept (right answers of each question)")
@@ -273,21 +273,28 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.generate is None):
         parser.error("give --data FILE or --generate N")
+    return args
+
+
+def texts(args):
+    """The records that the flags ask for, of a file or generated."""
+    if args.data:
+        records = read_conversations(args.data)
+        return records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
+    source = Source(args.split)
+    if args.scenes is not None:
+        source.scene_share, source.scenes = 1.0, [f for f in source.scenes if f.name.startswith(tuple(args.scenes.split(",")))]
+        if not source.scenes:
+            raise UserError(f"--scenes {args.scenes}: no scene of assets/scenes begins so")
+    return [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ()) for i in range(args.generate)]
+
+
+def main(argv=None):
+    args = parse(argv)
     kept = read_json(args.json) if args.only and args.json and Path(args.json).is_file() else {}
     warnings.filterwarnings("ignore", message="the text is longer")
     device, dtype, why = pick_device(args.device)
-    shine = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32)
-    if args.data:
-        records = read_conversations(args.data)
-        records = records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
-    else:
-        source = Source(args.split)
-        if args.scenes is not None:
-            source.scene_share, source.scenes = 1.0, [f for f in source.scenes if f.name.startswith(tuple(args.scenes.split(",")))]
-            if not source.scenes:
-                raise UserError(f"--scenes {args.scenes}: no scene of assets/scenes begins so")
-        records = [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ())
-                   for i in range(args.generate)]
+    shine, records = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32), texts(args)
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
     about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}"
              + (f", scenes {args.scenes or 'of all names'}" if args.scenes is not None else ""),

@@ -120,7 +120,8 @@ def flops(c, h, M, B, N, S, counted):
     body_read, pair_read = (whole * wanted + (1 - wanted) * L * 2 * one for whole, one in ((body, H * kv), (pair, H + kv)))
     reading = B * (2 * T * body_read * 2 + 4 * T * T * q * L * wanted * 3 + 2 * T * pair_read * h.meta_r * 3)
     m2p = B * h.m2p_layers * (2 * K * M * 8 * H * H * 3 + 4 * K * M * H * 3 * (K + M) / 2)
-    answering = B * (2 * S * body * 2 + 4 * S * S * q * L * 3 + 2 * S * (pair_made * h.r + pair * h.answer_r) * 3) + 2 * counted * c.vocab_size * H * 2
+    back = L if h.answer_r else K                                       # of the conversation's layers: below these nothing trains
+    answering = B * (2 * S * body * (1 + back / L) + 4 * S * S * q * (L + 2 * back) + 2 * S * (pair_made * h.r + pair * h.answer_r) * 3) + 2 * counted * c.vocab_size * H * 2
     return reading + m2p + answering
 
 
