@@ -187,7 +187,7 @@ def where():
     share = lambda result, last, name="mlp.down_proj": " / ".join(f"{100 * share:.0f}" for share in result["shares"][name]["B"][-last:])
     pairs = lambda result, last: ", ".join(f"{share(result, last, name)} % of B of {name.split('.')[1]}" for name in WRITERS)
     return "\n".join(lines) + f"\n\nHeld-out generated texts, {', '.join(counts[:-1])} and {counts[-1]} questions; the rest of the LoRA is its mean over 64 other texts. By gradient: rate {tiny_pairs['rate']}. " \
-        f"Share of the squared numbers that depends on the text, layer by layer: small {share(small, 99)} % of B; tiny {share(tiny, 99)} %; small, earlier, last four layers, {pairs(small_pairs, 4)}; " \
+        f"Share of the squared numbers that depends on the text, layer by layer: small {share(small, 99)} % of B; tiny, last two, {share(tiny, 99)} %; small, earlier, last four layers, {pairs(small_pairs, 4)}; " \
         f"tiny, earlier, last two, {pairs(tiny_pairs, 2)}."
 
 
