@@ -254,7 +254,7 @@ class Shine(nn.Module):
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules, config.generated)
         self.K = config.lora_layers or L      # the last layers, which a LoRA is generated for
         if not 0 < self.K <= L:
-            raise UserError(f"lora_layers {config.lora_layers}: the language model has {L} layers")
+            raise UserError(f"lora_layers {config.lora_layers}: the language model has {L} layers (0: all of them)")
         try:
             self.M = memory_tokens(self.P, H)
             with torch.random.fork_rng(devices=[]):
