@@ -344,14 +344,14 @@ class Shine(nn.Module):
         return ours | {f"m2p.{n}": p for n, p in self.m2p.named_parameters()}
 
     # ------------------------------------------------------------------------ the two passes
-    def read(self, context_ids, mask=None, keep=None):
-        """Section 3: ids (B, N), mask (B, N) or None -> memory states (B, K, M, H), K = L but for lora_layers; their keys and values, of all L, in
-        `keep`, a MemoryCache."""
+    def read(self, context_ids, mask=None, keep=None, K=None):
+        """Section 3: ids (B, N), mask (B, N) or None -> memory states (B, K, M, H) of the last K layers (default: those that a LoRA is
+        generated for, which are all L in the paper); keys and values of all L in `keep`, a MemoryCache."""
         flat = self.meta_lora
         if torch.is_grad_enabled() and self.base.compute_dtype:      # in training cast once, not pair by pair; else a second copy of all would be too large
             flat = flat.to(self.base.compute_dtype)
         meta = cut(flat, self.base.config, self.config.meta_r) if self.config.meta_r else None
-        return self.base.read(context_ids, mask, self.memory, meta, keep)[:, -self.K:]
+        return self.base.read(context_ids, mask, self.memory, meta, keep)[:, -(K or self.K):]
 
     def to_lora(self, memory_states, trace=None):
         """Section 4: memory states (B, K, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
@@ -598,16 +598,16 @@ def inspect(shine, text, say=print):
     say(f"1. tokens (N = {len(ids)})\n   " + "|".join(map(tok.piece, ids)))
     context = torch.tensor([ids], device=shine.device)
     with torch.no_grad():
-        states = shine.read(context)
+        states = shine.read(context, K=c.num_hidden_layers)
         say(f"2. reading: {len(ids)} context + {shine.M} memory tokens through {c.num_hidden_layers} layers with the meta LoRA of rank "
             f"{shine.config.meta_r}\n   memory states {shape(states)}; mean norm of a state after each layer:")
-        say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist(), len(shine.nothing))))
+        say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist())))
         say(f"3. M2P: {shine.config.m2p_layers} encoder layers over the grid of L x M = {shine.K} x {shine.M}; "
             "mean norm, spread over L, spread over M" + (f" (L: the last {shine.K} layers)" if shine.nothing else ""))
 
         def trace(name, x):
             say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1, correction=0).mean():.3f}  {x.std(2, correction=0).mean():.3f}")
-        lora = shine.to_lora(states, trace)
+        lora = shine.to_lora(states[:, -shine.K:], trace)
         halves = "B (A is the same for every text)" if shine.config.static_a else "A, B"
         say(f"4. each layer's slice (M, H) = ({shine.M}, {c.hidden_size}) is read as P = {shine.P:,} numbers and cut into {halves} of rank "
             f"{shine.config.r}, times sqrt({shine.config.scale})")

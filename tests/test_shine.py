@@ -347,7 +347,7 @@ def test_a_lora_for_the_last_layers_only(base, tokenizer, batch, tmp_path, kind)
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["layers_to_transform"] == (None if answers else [1])
     said = []
     absorb(shine, texts[0], said.append), inspect(shine, texts[0], said.append)
-    assert "of 1 layer" in said[1] and "L x M = 1 x" in "\n".join(said)
+    assert "of 1 layer" in said[1] and "L x M = 1 x" in "\n".join(said) and any(line.startswith("   0: ") and "  1: " in line for line in said)
     shine(batch).backward()
     assert shine.m2p.layer_pe.grad.abs().max() > 0
     shine.save(tmp_path / "m", torch.float32)
