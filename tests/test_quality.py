@@ -37,7 +37,7 @@ def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(
     assert loss(trained) < 0.8 * loss(start)
 
 
-@pytest.mark.parametrize("config", [{}, {"answer_r": 2}, {"lora_layers": 1}])
+@pytest.mark.parametrize("config", [{}, {"answer_r": 2, "lora_layers": 1}])
 def test_every_condition_is_scored_and_costed(shine, monkeypatch, config):
     if config:
         shine = shine.retargeted(replace(shine.config, **config), TEXTS)
