@@ -253,6 +253,7 @@ class Shine(nn.Module):
         c = base.config
         L, H, self.P = c.num_hidden_layers, c.hidden_size, lora_size(c, config.r, config.target_modules, config.generated)
         self.K = config.lora_layers or L      # the last layers, which a LoRA is generated for
+        self.below = L - self.K               # those that have none
         if not 0 < self.K <= L:
             raise UserError(f"lora_layers {config.lora_layers}: the language model has {L} layers (0: all of them)")
         try:
@@ -266,7 +267,7 @@ class Shine(nn.Module):
             raise UserError(f"{error}{hint}") from None
         self.memory = nn.Parameter(torch.zeros(self.M, H))
         self.meta_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.meta_r)))           # flat, and cut like the generated one
-        self.lora_a = nn.Parameter(torch.zeros(self.K, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As
+        self.lora_a = nn.Parameter(torch.zeros(self.K, lora_size(c, config.r, config.target_modules, "A"))) if config.static_a else None     # flat As, (K, in * r) where it is one linear's
         self.answer_lora = nn.Parameter(torch.zeros(L, lora_size(c, config.answer_r))) if config.answer_r else None     # flat (L, P), cut like the meta LoRA
         if self.memory.is_meta:
             return
@@ -316,22 +317,22 @@ class Shine(nn.Module):
             rank, left = divmod(config.r * self.M, new.M)
             raise UserError(f"such a LoRA is cut out of {new.M} memory tokens, this hypernetwork has {self.M}: "
                             + ("" if left else f"choose a rank of {rank}, or ") + "train a new one")
-        own, same = new.trained(), min(self.K, new.K)
+        own, both = new.trained(), min(self.K, new.K)
         for name, p in self.trained().items():
             if name in own and p.shape == own[name].shape:
                 own[name].data = p.data.clone()
             elif grows and name in ("memory", "m2p.token_pe"):
                 own[name].data[:len(p)] = p.data
             elif name in ("m2p.layer_pe", "lora_a") and p.shape[1] == own[name].shape[1]:      # of the layers that both generate for
-                own[name].data[-same:] = p.data[-same:]
+                own[name].data[-both:] = p.data[-both:]
             elif grows and name == "lora_a":      # (K, in * r)
                 A, old = (t.data.view(len(t), layout[0][1], -1) for t in (own[name], p))
-                A.zero_()[-same:, :, :c.r] = old[-same:]
+                A.zero_()[-both:, :, :c.r] = old[-both:]
         if config.static_a and not self.config.static_a:
             where = [cut(torch.arange(self.P, device=self.device)[None], base, c.r, c.target_modules, c.generated)[0]
                      for c in (self.config, config)]      # which of the P numbers each A and B is made of
             lora = self.apart(self.generate_lora(texts))[0]
-            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A"), len(new.nothing)):
+            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A"), new.below):
                 for name, (A,) in layer.items():
                     if name in lora[i]:
                         same = (where[1][name][-1][:, None, 0] == where[0][name][-1][:, 0]).nonzero()      # ranks (new, old) with the same B
@@ -366,7 +367,7 @@ class Shine(nn.Module):
         static = self.lora_a if torch.is_grad_enabled() else self.lora_a.detach()       # a view of a parameter requires grad even under no_grad
         As, Bs = (cut(t, self.base.config, c.r, c.target_modules, half) for t, half in ((static.to(flat.dtype), "A"), (flat, "B")))
         layers = [{name: (a[name][0].expand(len(flat), -1, -1), *b[name]) for name in a} for a, b in zip(As, Bs)]
-        return self.beside(LoRA(self.nothing + layers, c.r, info))
+        return self.beside(self.on_top(layers, info))
 
     def beside(self, lora):
         """What is generated and the LoRA for answering, if there is one: (B, in, r), (B, r, out) of a linear -> (B, in, r + answer_r),
@@ -383,7 +384,7 @@ class Shine(nn.Module):
     def apart(self, lora):
         """`beside` undone -> [what is generated, the LoRA for answering, if there is one], each a list of {linear: (A, B)}."""
         linears, r = {name for name, _, _ in lora_layout(self.base.config, self.config.target_modules)}, self.config.r
-        made = [set()] * len(self.nothing) + [linears] * self.K
+        made = [set()] * self.below + [linears] * self.K
         ranks = lambda pair, which: (pair[0][..., which], pair[1][..., which, :])
         generated = [{name: ranks(pair, slice(r)) for name, pair in layer.items() if name in names} for layer, names in zip(lora, made)]
         trained = [{name: ranks(pair, slice(r if name in names else 0, None)) for name, pair in layer.items()} for layer, names in zip(lora, made)]
@@ -391,13 +392,11 @@ class Shine(nn.Module):
 
     def cut(self, flat, info=None):
         """Flat (B, K, A and B) -> LoRA of the last K layers, of the rank and for the linears that this hypernetwork generates one for."""
-        layers = cut(flat, self.base.config, self.config.r, self.config.target_modules)
-        return LoRA([{}] * (self.base.config.num_hidden_layers - len(layers)) + layers, self.config.r, info)
+        return self.on_top(cut(flat, self.base.config, self.config.r, self.config.target_modules), info)
 
-    @property
-    def nothing(self):
-        """The LoRA of the layers below those that have one."""
-        return [{}] * (self.base.config.num_hidden_layers - self.K)
+    def on_top(self, layers, info=None):
+        """What the last layers have -> LoRA of all L; those below have none."""
+        return LoRA([{}] * (self.base.config.num_hidden_layers - len(layers)) + layers, self.config.r, info)
 
     def generate_lora(self, context, mask=None):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
@@ -603,7 +602,7 @@ def inspect(shine, text, say=print):
             f"{shine.config.meta_r}\n   memory states {shape(states)}; mean norm of a state after each layer:")
         say("   " + "  ".join(f"{i}: {n:.2f}" for i, n in enumerate(states[0].norm(dim=-1).mean(-1).tolist())))
         say(f"3. M2P: {shine.config.m2p_layers} encoder layers over the grid of L x M = {shine.K} x {shine.M}; "
-            "mean norm, spread over L, spread over M" + (f" (L: the last {shine.K} layers)" if shine.nothing else ""))
+            "mean norm, spread over L, spread over M" + (f" (L: the last {shine.K} layers)" if shine.below else ""))
 
         def trace(name, x):
             say(f"   {name}: {shape(x)}  {x.norm(dim=-1).mean():.2f}  {x.std(1, correction=0).mean():.3f}  {x.std(2, correction=0).mean():.3f}")

@@ -43,6 +43,7 @@ def test_every_condition_is_scored_and_costed(shine, monkeypatch, config):
         shine = shine.retargeted(replace(shine.config, **config), TEXTS)
     monkeypatch.setattr(quality, "EPOCHS", 1)
     monkeypatch.setattr(quality, "TTT", (1, 3))
+    assert quality.plain_start(shine, 1).shape[1] == shine.base.config.num_hidden_layers      # a fair opponent, also of a LoRA for the last layers
     records, rates = [record(t) for t in TEXTS], {"sft": 1e-2, "ttt": 1e-2, "shine+ttt": 1e-3}
     result = quality.measure(shine, records, rates)["conditions"]
     assert set(result) == {"shine", "in-context", "question", *(f"sft {n}" for n in quality.SFT),
@@ -162,5 +163,5 @@ def test_where_the_text_is(shine):
     first = where.mixed(lora, mean, where.PARTS["all but the last layer"])[0]["mlp.down_proj"]
     assert same(first, *lora[0]["mlp.down_proj"]) and not same(first, *(t.expand(2, -1, -1) for t in mean[0]["mlp.down_proj"]))
     shares = where.shares(lora)
-    assert 0 < shares["mlp.down_proj"]["B"][-1] < 1
+    assert 0 < shares["mlp.down_proj"]["B"][-1] < 1 and where.shares([{}, *lora[1:]])["mlp.down_proj"]["B"] == shares["mlp.down_proj"]["B"][1:]
     assert where.shares(where.mixed(lora, mean, where.PARTS["A alone"]))["mlp.down_proj"]["B"] == [0] * len(lora)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from conftest import close
 from data import Examples, collate
@@ -270,6 +272,8 @@ def test_a_lora_whose_a_is_the_same_for_every_text(base, tokenizer, batch, tmp_p
     before, after = old.generate_lora(texts)[1]["mlp.down_proj"], new.generate_lora(texts)[1]["mlp.down_proj"]
     assert torch.equal(after[1][:, 16:], before[1])      # the last two of 18 memory tokens were its B before
     assert close(after[0][0][:, 16:], before[0].mean(0)) and not after[0][:, :, :16].any()
+    last = old.retargeted(replace(pairs, r=18, target_modules="down_proj", static_a=True, lora_layers=1), texts)
+    assert torch.equal(last.lora_a, new.lora_a[1:])
     with pytest.raises(UserError, match="out of 9 memory tokens, this hypernetwork has 18: choose a rank of 18"):
         old.retargeted(replace(pairs, r=9, target_modules="down_proj", static_a=True), texts)
     with pytest.raises(UserError, match="a multiple of 2 fits"):
@@ -340,6 +344,11 @@ def test_a_lora_for_the_last_layers_only(base, tokenizer, batch, tmp_path, kind)
     one = lora.row(1)
     one.save(tmp_path / "a.safetensors")
     again = LoRA.load(tmp_path / "a.safetensors", base)
+    tensors, info = load_file(tmp_path / "a.safetensors"), safe_open(tmp_path / "a.safetensors", framework="pt").metadata()
+    for lost, word in (("layers.1.mlp.down_proj.lora_B", "lacks the tensor layers.1.mlp.down_proj.lora_B"), ("layers.1.", "no LoRA for the last layer")):
+        save_file({n: t for n, t in tensors.items() if not n.startswith(lost)}, tmp_path / "less.safetensors", metadata=info)
+        with pytest.raises(UserError, match=word):
+            LoRA.load(tmp_path / "less.safetensors", base)
     logits = base(ids, None, lora)
     assert again.ranks == lora.ranks and close(base(ids[:1], None, again), logits[1:]) and not close(logits, base(ids), 1e-4)
     assert shine.conversation(one, max_new_tokens=20).ask("Who?") == answer_batch(base, tokenizer, [[("user", "Who?")]], one, max_new_tokens=20)[0]
@@ -372,6 +381,8 @@ def test_a_lora_of_b_alone_grows(base, tokenizer, batch):
     assert new.M == 24 and close(new.read(ids)[:, :, :16], old.read(ids)) and torch.equal(new.m2p.token_pe[:16], old.m2p.token_pe)
     for (A, B), (was, _) in zip(*([layer["mlp.down_proj"] for layer in s.generate_lora(["Mara."])] for s in (new, old))):
         assert torch.equal(A[:, :, :16], was) and not A[:, :, 16:].any() and B[:, 16:].any()
+    last = old.retargeted(replace(config, r=24, lora_layers=1), [], seed=4)      # and for the last layer alone
+    assert torch.equal(last.lora_a, new.lora_a[1:]) and torch.equal(last.memory, new.memory)
     new(batch).backward()
     assert new.lora_a.grad.view(2, 64, 24)[:, :, 16:].any()
     with pytest.raises(UserError, match="24 memory tokens, this hypernetwork has 16"):      # another linear's rows of B
