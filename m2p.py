@@ -121,7 +121,8 @@ class M2P(nn.Module):
         for i, layer in enumerate(self.transformer_layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer
             columns = i % 2 == 0 if self.axes == "both" else self.axes == "columns"
-            x = run(x.transpose(1, 2)).transpose(1, 2) if columns else run(x)
+            # contiguous: of other grids F.linear may make a batch of products without gradients, each with a copy of the weight
+            x = run(x.transpose(1, 2).contiguous()).transpose(1, 2) if columns else run(x.contiguous())
             if trace:
                 trace(f"M2P layer {i}, over the {'L axis' if columns else 'M axis'}", x)
         return x.reshape(B, L, M * H)

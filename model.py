@@ -234,9 +234,8 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         if torch.is_grad_enabled() and x.requires_grad:
             return TrainedNorm.apply(x, self.weight, self.eps)
-        z, n = x.float(), x.shape[-1]
-        z = z * ((z * z).sum(-1, keepdim=True) + n * self.eps).rsqrt() * math.sqrt(n)       # z / sqrt(mean of z^2 + eps), in few steps
-        return z.to(x.dtype) * self.weight.to(x.dtype)
+        s = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1] + self.eps).rsqrt_()      # (..., 1)
+        return (x * s).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class TrainedNorm(torch.autograd.Function):
@@ -339,14 +338,19 @@ class Attention(nn.Module):
             bias = bias[:, :, -last:]
         elif 1 < last < T:
             bias = torch.full((last, T), float("-inf"), dtype=x.dtype, device=x.device).triu(T - last + 1)
-        T = q.shape[2]
-        if bias is not None and groups > 1 and T > 1:                            # no masked kernel shares keys between heads
-            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-        if bias is not None and x.device.type == "cpu" and T > 1:   # twice as fast as the masked kernel at small sizes
-            y = torch.softmax(q * D ** -0.5 @ k.transpose(-1, -2) + bias, -1) @ v
+        T, keys = q.shape[2], k.shape[2]
+        by_hand = x.device.type == "cpu" and T > 1 and (bias is not None or x.dtype == torch.bfloat16 and keys < 512)
+        if T == 1 or by_hand:                                                    # heads that share keys: rows of one product
+            q = q.reshape(B, -1, groups * T, D)
+        elif bias is not None and groups > 1:                                    # no masked kernel shares keys between heads
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if by_hand:                                                              # up to twice as fast as the kernels of a CPU
+            bias = torch.full((T, T), float("-inf"), dtype=x.dtype).triu(1) if bias is None else bias
+            scores = (q * D ** -0.5 @ k.mT).view(B, -1, groups, T, keys) + bias[..., None, :, :]
+            y = torch.softmax(scores, -1).flatten(2, 3) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=groups > 1)
-        y = y.transpose(1, 2).reshape(B, T, heads * D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=q.shape[1] > k.shape[1])
+        y = y.reshape(B, heads, T, D).transpose(1, 2).reshape(B, T, heads * D)
         return linear(y, self.o_proj.weight, lora.get("self_attn.o_proj"))
 
 
@@ -581,6 +585,8 @@ class Decoder:
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
     started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds a LoRA too where it
     is float32, and on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise.
+    In bf16 torch's product there would pack the whole matrix anew; `embedding_bag`, which adds up rows of a matrix, each times its weight,
+    in float32, reads it at the rate of the memory.
     On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
     overwritten by the next step. compiled: there, what a layer does is compiled first (once for all layers, half a minute), so that
     some forty small kernels of it become few and its products with one row sums that are read at full speed.
@@ -590,42 +596,46 @@ class Decoder:
 
     @staticmethod
     def suits(model, lora):
-        """Whether the copy pays: float32 weights on a CPU that stay small, or up to 2 GB of bf16 on a GPU; and one LoRA for all rows, or none."""
+        """Whether the copy pays: up to 2 GB of bf16, or float32 weights on a CPU that stay small; and one LoRA for all rows, or none."""
         p, size = model.model.norm.weight, sum(p.numel() for p in model.model.layers.parameters())
         one = not lora or all(A.dim() == 2 or len(A) == 1 for layer in lora for A, _ in layer.values())
-        return one and (size < 2 ** 30 if p.is_cuda else p.dtype == torch.float32 and size < 2 ** 26)
+        return one and size < (2 ** 30 if p.is_cuda or Decoder.bags(p) else 2 ** 26 if p.dtype == torch.float32 else 0)
+
+    @staticmethod
+    def bags(p):
+        """Whether `embedding_bag` has a fast kernel for weights like p: bf16, on x86 processors."""
+        return p.dtype == torch.bfloat16 and p.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
     def __init__(self, model, lora=None):
         p = model.model.norm.weight
         self.model, self.config, self.lora, self.dtype, self.device = model, model.config, lora, model.compute_dtype or p.dtype, p.device
         self.layers = self.cache = self.graph = None
-        self.asked = 0
+        self.rows, self.asked = {}, 0          # for embedding_bag: {(P, in): (P, in) numbers of the rows of a part}
         self.at = torch.zeros(1, dtype=torch.long, device=p.device)
 
     def pays(self):
-        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, and many an answer is shorter."""
+        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, in some
+        twenty where it is large and bf16, and many an answer is shorter."""
         self.asked += 1
-        return self.asked > 8
+        return self.asked > (20 if self.bags(self.model.model.norm.weight) else 8)
 
     def join(self):
         """Copy the weights, at the first step."""
         c, model, p = self.config, self.model, self.model.model.norm.weight
-        outs = [c.hidden_size, 2 * c.intermediate_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, c.vocab_size]
-        self.parts = math.gcd(1 if p.is_cuda else torch.get_num_threads(), *outs)
+        dtype = p.dtype if self.bags(p) else self.dtype
 
         def joined(layer, pairs, *names):
-            """W^T of linears side by side, in parts, (P, in, out / P); A (in, names * r) and B (names * r, out) where it is bf16: the
-            sum W + A B would round away what is small beside W."""
-            weights = [layer.get_submodule(n).weight.T for n in names]
-            W = torch.cat(weights, 1).to(self.dtype)
+            """W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum W + A B would
+            round away what is small beside W: so B stands below W, as (names * r, out), and A (in, names * r) beside it."""
+            weights = [layer.get_submodule(n).weight for n in names]
+            W = torch.cat(weights).to(dtype)                                                     # (out, in)
             if not any(n in pairs for n in names):
-                return self.cut(W), None, None
-            A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((len(w), 0) if i == 0 else (0, w.shape[1]))
+                return self.cut(W), None
+            A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((w.shape[1], 0) if i == 0 else (0, len(w)))
                      for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
-            if self.dtype == torch.float32:
-                W += torch.cat([a @ b for a, b in zip(A, B)], 1)
-                return self.cut(W), None, None
-            return self.cut(W), torch.cat(A, 1).to(self.dtype), torch.block_diag(*B).to(self.dtype)
+            if dtype == torch.float32:
+                return self.cut(W + torch.cat([(a @ b).T for a, b in zip(A, B)])), None
+            return self.cut(torch.cat((W, torch.block_diag(*B).T.to(dtype)), 1)), torch.cat(A, 1).to(dtype if p.is_cuda else torch.float32)
         # RMSNorm is x w sqrt(n) / sqrt(|x|^2 + n eps): w sqrt(n) at once, and for q the scale of the scores too
         norm = lambda module, *heads, scale=1.0: (module.weight.float() * math.sqrt(len(module.weight)) * scale).to(self.dtype).expand(*heads, -1)
         self.eps = {n: torch.full((1,), n * c.rms_norm_eps, device=p.device) for n in (c.hidden_size, c.head_dim)}
@@ -638,11 +648,17 @@ class Decoder:
                 joined(layer, pairs, "self_attn.o_proj"), norm(layer.post_attention_layernorm),
                 joined(layer, pairs, "mlp.gate_proj", "mlp.up_proj"), joined(layer, pairs, "mlp.down_proj")))
         output = (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head).weight
-        self.last, self.output = norm(model.model.norm), (self.cut(output.T.to(self.dtype)), None, None)
+        self.last, self.output = norm(model.model.norm), (self.cut(output.to(dtype)), None)
 
     def cut(self, W):
-        """(in, out) -> (P, in, out / P)"""
-        return W.reshape(len(W), self.parts, -1).transpose(0, 1).contiguous()
+        """(out, in) -> (P, in, out / P): parts of 256 columns or fewer for `embedding_bag`, which goes through a part row by row."""
+        out, rows = W.shape
+        threads = 1 if W.is_cuda else torch.get_num_threads()
+        P = math.gcd(threads, out)
+        if self.bags(W):
+            P = out // math.gcd(out, 256 if out >= 256 * threads else 32)
+            self.rows[P, rows] = torch.arange(P * rows, dtype=torch.int32).view(P, rows)
+        return W.view(P, -1, rows).transpose(1, 2).contiguous()
 
     def room(self, batch, length):
         """An empty cache for so many rows and tokens: the one from before where that is large enough."""
@@ -697,8 +713,10 @@ class Decoder:
         keys.index_copy_(2, self.at, qk[:, heads:, None])
         values.index_copy_(2, self.at, y[:, heads + kv:, None])
         q = qk[:, :heads].reshape(B, kv, heads // kv, D)                                         # heads of one group: rows over the same keys
-        scores = q @ keys[:, :, :end].mT
-        y = torch.softmax(scores if bias is None else scores + bias, -1) @ values[:, :, :end]
+        if bias is None:
+            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], scale=1.0)
+        else:
+            y = torch.softmax(q @ keys.mT + bias, -1) @ values
         x = x + self.product(y.reshape(B, heads * D), o)
         gate, up = self.product(self.norm(x, norm2), gate_up).chunk(2, -1)
         return x + self.product(F.silu(gate) * up, down)
@@ -709,10 +727,14 @@ class Decoder:
         return x * torch.addcmul(self.eps[x.shape[-1]], size, size).rsqrt_().to(x.dtype) * weight
 
     def product(self, x, linear):
-        """x (B, in) -> (B, out); linear: what join made."""
-        W, A, B = linear
-        y = torch.bmm(x.expand(len(W), *x.shape), W).transpose(0, 1).reshape(len(x), -1)
-        return y if A is None else y + x @ A @ B
+        """x (B, in) -> (B, out); linear: what join made. With a LoRA [x, x A] [W; B] = x W + x A B."""
+        W, A = linear
+        if A is not None:
+            x = torch.cat((x, (x.to(A.dtype) @ A).to(x.dtype)), 1)
+        x = x.to(W.dtype).expand(len(W), *x.shape)                                               # (P, B, in)
+        if x.shape[1] == 1 and (rows := self.rows.get(W.shape[:2])) is not None:
+            return F.embedding_bag(rows, W.flatten(0, 1), mode="sum", per_sample_weights=x[:, 0].contiguous()).view(1, -1).to(self.dtype)
+        return torch.bmm(x, W).transpose(0, 1).reshape(x.shape[1], -1).to(self.dtype)
 
 
 class Recorded:
