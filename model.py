@@ -654,9 +654,9 @@ class Decoder:
         """(out, in) -> (P, in, out / P): parts of 256 columns or fewer for `embedding_bag`, which goes through a part row by row."""
         out, rows = W.shape
         threads = 1 if W.is_cuda else torch.get_num_threads()
-        P = math.gcd(threads, out)
-        if self.bags(W):
-            P = out // math.gcd(out, 256 if out >= 256 * threads else 32)
+        columns, P = math.gcd(out, 256 if out >= 256 * threads else 32), math.gcd(threads, out)
+        if self.bags(W) and columns >= 32:
+            P = out // columns
             self.rows[P, rows] = torch.arange(P * rows, dtype=torch.int32).view(P, rows)
         return W.view(P, -1, rows).transpose(1, 2).contiguous()
 

@@ -124,8 +124,8 @@ def from_nothing():
     return "\n".join(lines)
 
 
-def speed():
-    result = read("speed")
+def speed(name="speed"):
+    result = read(name)
     sizes = [name for name in ("tiny", "small", "reference", "qwen3-0.6b") if name in result]
 
     def line(title, *path, show="{:,.0f}".format):
@@ -135,7 +135,7 @@ def speed():
             for key in path:
                 found = found.get(key, {})
             values.append(show(found) if found else "")
-        return f"| {title} | " + " | ".join(values) + " |"
+        return f"| {title} | " + " | ".join(values) + " |" if any(values) else None
     training = lambda row: " / ".join([f"{row['samples/s']:.3g}", f"{100 * row['of matmul rate']:.0f} %"] + [f"{row['peak GiB']:.2f}"] * ("peak GiB" in row))
     milliseconds = lambda row: f"{row['ms']:,.0f}"
     answer = lambda row: f"{row['first token ms']:,.0f} / {row['tokens/s']:,.0f}"
@@ -156,8 +156,12 @@ def speed():
     lines.append(line("decoding: bytes of the weights a second, share of the rate of reading memory", "answering", "LoRA, as a conversation does it", "of the bandwidth",
                       show=lambda share: f"{100 * share:.0f} %"))
     grows = ", ".join(f"{name} {row['exponent']:.2f}" for name, row in result.get("growth", {}).items())
-    return "\n".join(lines) + f"\n\n{result['machine']}, torch {result['torch']}; medians." \
+    return "\n".join(filter(None, lines)) + f"\n\n{result['machine']}, torch {result['torch']}; medians." \
         + (f" Milliseconds from text to LoRA grow as a power of (reference): {grows}." if grows else "")
+
+
+def speed_bf16():
+    return speed("speed_bf16")
 
 
 def speed_gpu():
