@@ -121,7 +121,7 @@ class M2P(nn.Module):
         for i, layer in enumerate(self.transformer_layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer
             columns = i % 2 == 0 if self.axes == "both" else self.axes == "columns"
-            # contiguous: of other grids F.linear may make a batch of products without gradients, each with a copy of the weight
+            # contiguous: F.linear of another grid, where nothing needs a gradient, is a batch of products, each with a copy of the weight
             x = run(x.transpose(1, 2).contiguous()).transpose(1, 2) if columns else run(x.contiguous())
             if trace:
                 trace(f"M2P layer {i}, over the {'L axis' if columns else 'M axis'}", x)

@@ -234,8 +234,12 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         if torch.is_grad_enabled() and x.requires_grad:
             return TrainedNorm.apply(x, self.weight, self.eps)
-        s = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1] + self.eps).rsqrt_()      # (..., 1)
-        return (x * s).to(x.dtype) * self.weight.to(x.dtype)
+        return (x * inverse_rms(x, self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def inverse_rms(x, eps):
+    """x (..., n) -> 1 / sqrt(mean of x^2 + eps), (..., 1), in float32."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1] + eps).rsqrt_()
 
 
 class TrainedNorm(torch.autograd.Function):
@@ -246,8 +250,7 @@ class TrainedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        n = x.shape[-1]
-        s = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / n + eps).rsqrt_()     # (..., 1)
+        s = inverse_rms(x, eps)
         u, s = x * s.to(x.dtype), s.to(x.dtype)
         ctx.save_for_backward(u, s, weight)
         return u * weight.to(x.dtype)
