@@ -617,10 +617,10 @@ class Decoder:
         self.at = torch.zeros(1, dtype=torch.long, device=p.device)
 
     def pays(self):
-        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, in some
-        twenty where it is large and bf16, and many an answer is shorter."""
+        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, a large one on
+        a CPU in some twenty, and many an answer is shorter."""
         self.asked += 1
-        return self.asked > (20 if self.bags(self.model.model.norm.weight) else 8)
+        return self.asked > (20 if self.device.type == "cpu" and self.config.hidden_size > 512 else 8)
 
     def join(self):
         """Copy the weights, at the first step."""
@@ -782,14 +782,16 @@ def pick(logits, temperature, top_k, top_p, generator):
     return ids.gather(1, torch.multinomial(p.masked_fill(out, 0), 1, generator=generator))[:, 0]
 
 
-def pick_device(name="auto"):
-    """-> (device, dtype of the activations in training, why). bf16 where the processor multiplies it in hardware."""
+def pick_device(name="auto", float32=False):
+    """-> (device, dtype of the activations, why). bf16 where the device multiplies it in hardware, unless float32 is asked for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but no GPU is visible here; use --device cpu")
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.bfloat16, "CUDA, bf16"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.device("cpu"), torch.bfloat16 if fast else torch.float32, f"CPU, {'bf16' if fast else 'float32'}"
+        device, fast = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), True
+    else:
+        device, fast = torch.device("cpu"), torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = fast and not float32
+    return device, torch.bfloat16 if fast else torch.float32, f"{device.type.upper()}, {'bf16' if fast else 'float32'}"
 
 
 # ---------------------------------------------------------------------------- files, read and written with care

@@ -791,6 +791,7 @@ def parse(argv):
     add("--ids", action="store_true", help="TEXT and questions are token ids, '5 17 3', for folders without a tokenizer; no chat format")
     add("--logits", metavar="PATH", help="with --ask: the logits over each prompt as safetensors, turn.<i> (tokens, vocabulary)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--float32", action="store_true", help="states in float32, also where the device multiplies bf16")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
@@ -813,11 +814,13 @@ def convert(args):
 
 
 def load_model(args):
-    """The language model and hypernetwork that the flags name; weights of a Hugging Face folder stay as they are stored."""
-    device, dtype, _ = pick_device(args.device)
+    """The language model and hypernetwork that the flags name, in bf16 where they are stored so and the device multiplies it; weights
+    of a Hugging Face folder stay as they are stored."""
+    device, dtype, _ = pick_device(args.device, args.float32)
     tokenizer = Ids if args.ids else None
     if not args.base:
-        return Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32, tokenizer=tokenizer)
+        shine = Shine.load(args.model, device, dtype if device.type == "cuda" else None, tokenizer=tokenizer)
+        return shine.float() if dtype == torch.float32 else shine
     shine = Shine.load(args.hypernet, device, None, args.base, tokenizer, args.scale, args.m2p_heads)
     if shine.base.model.norm.weight.dtype == torch.bfloat16:
         shine.base.compute_dtype = dtype

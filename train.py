@@ -696,8 +696,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, Path(args.out or f"runs/{args.stage}")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, dtype, self.machine = pick_device(args.device)
-        dtype = torch.float32 if args.float32 else dtype
+        self.device, dtype, self.machine = pick_device(args.device, args.float32)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
@@ -905,7 +904,7 @@ def pass_peak(module, batch):
 
 def dry_run(args):
     """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
-    device, dtype, why = (torch.device("cuda"), torch.bfloat16, "CUDA, bf16") if args.device == "cuda" else pick_device(args.device)
+    device, dtype, why = (torch.device("cuda"), torch.bfloat16, "CUDA, bf16") if args.device == "cuda" else pick_device(args.device, args.float32)
     name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(shipped(device))), PRESETS | QWEN3
     config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
     dtype = torch.float32 if args.float32 else dtype

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import Parser, run
-from model import write_json
+from model import pick_device, write_json
 from shine import DEFAULT_MODEL, Conversation, Shine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +51,9 @@ def main(argv=None):
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args(argv)
-    shine = Shine.load(args.model)
-    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}", "torch": torch.__version__,
+    _, dtype, why = pick_device("cpu")
+    shine = Shine.load(args.model, dtype=dtype)
+    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {why}", "torch": torch.__version__,
               "cold start": cold_start(args.runs, args.model), "LoRA from N tokens, warm, ms": {}}
     words = "the old man of the hill has a red boat and ".split() * 40
     with torch.no_grad():

@@ -65,7 +65,7 @@ def fit(shine, start, examples, steps, lr, dtype=None, mask=None, beside=False):
     examples: for each text a list of (ids, weights), of which each step takes the next one. dtype: of the activations (None: of the weights).
     mask (1, K, P): 1 where the LoRA trains, 0 where it stays. beside: see as_lora; it stays.
     """
-    flat = start.clone().requires_grad_()
+    flat = start.float().clone().requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
     for step in range(1, steps + 1):
         batch = collate([(None, *rows[(step - 1) % len(rows)]) for rows in examples], shine.tokenizer)
@@ -269,6 +269,7 @@ def parse(argv):
     add("--json", metavar="OUT", help="write everything measured")
     add("--answers", metavar="OUT", help="write every text, question and answer")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--float32", action="store_true", help="also where the device multiplies bf16")
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if (args.data is None) == (args.generate is None):
@@ -293,8 +294,8 @@ def main(argv=None):
     args = parse(argv)
     kept = read_json(args.json) if args.only and args.json and Path(args.json).is_file() else {}
     warnings.filterwarnings("ignore", message="the text is longer")
-    device, dtype, why = pick_device(args.device)
-    shine, records = Shine.load(args.model, device, dtype if device.type == "cuda" else torch.float32), texts(args)
+    device, dtype, why = pick_device(args.device, args.float32)
+    shine, records = Shine.load(args.model, device, dtype), texts(args)
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
     about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}"
              + (f", scenes {args.scenes or 'of all names'}" if args.scenes is not None else ""),

@@ -352,7 +352,7 @@ def main(argv=None):
         part = result[size] = {"matmul GFLOP/s": rate / 1e9, "read GB/s": bandwidth / 1e9}
         if "training" in args.parts:
             part |= trainings(size, device, dtype, rate, args.quick)
-        shine = build(size, device, dtype if big or device.type == "cuda" else torch.float32).eval()      # as shine.py loads them
+        shine = build(size, device, dtype).eval()
         if "reading" in args.parts:
             part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
         if "answering" in args.parts:

@@ -103,10 +103,10 @@ def baselines():
 
 
 def latency():
-    results = [read(f"{model}/latency") for model in MODELS]
-    answers = [result["one answer, warm, ms"] for result in results]
+    columns = {f"{model}: {result['machine'].split(', ', 2)[-1]}": result for file in ("latency", "latency_bf16") for model in MODELS for result in [read(f"{model}/{file}")]}
+    results, answers = columns.values(), [result["one answer, warm, ms"] for result in columns.values()]
     line = lambda title, cells: f"| {title} | " + " | ".join(cells) + " |"
-    return "\n".join([line(f"on {results[0]['machine']}, medians", MODELS), "|---" * (1 + len(MODELS)) + "|",
+    return "\n".join([line("x86_64, 2 cores, medians", columns), "|---" * (1 + len(columns)) + "|",
                       line("first answer from a cold start of the command, s", (str(r["cold start"]["first answer s"]) for r in results)),
                       line("LoRA from a text of 100 tokens, warm, ms", (str(r["LoRA from N tokens, warm, ms"]["100"]) for r in results)),
                       line("one answer, warm, SHINE / text in the prompt, ms", (f"{a['SHINE']} / {a['text in the prompt']}" for a in answers))])
