@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import shine as cli
 from conftest import ROOT
 from data import Source
-from model import UserError
+from model import UserError, read_tensors
 from shine import DEFAULT_MODEL, Shine
 from train import evaluate
 
@@ -199,3 +200,17 @@ def test_loading_does_not_import_torchs_compiler():
     """Layers made on the meta device once ran torch's initial values there, which imported torch._dynamo: 1.7 of 4.4 seconds."""
     code = "import sys, shine; shine.Shine.load(shine.DEFAULT_MODEL).generate_lora('A hat.'); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_states_are_bf16_where_the_device_has_it_and_the_weights_are_stored_so(tmp_path, monkeypatch):
+    full = tmp_path / "full"
+    shutil.copytree(ROOT / "checkpoints/tiny", full)
+    Shine.load(full).save(full, dtype=torch.float32)
+    tensors = {n: t.float() for n, t in read_tensors(full / "model.safetensors").items()}
+    save_file(tensors, full / "model.safetensors")
+    for hardware in (torch.bfloat16, torch.float32):
+        device = lambda name, float32=False: (torch.device("cpu"), torch.float32 if float32 else hardware, "")
+        monkeypatch.setattr(cli, "pick_device", device)
+        for folder, flags, dtype in ((ROOT / "checkpoints/tiny", [], hardware), (ROOT / "checkpoints/tiny", ["--float32"], torch.float32), (full, [], torch.float32)):
+            lora = cli.load_model(cli.parse([TEXT, "--chat", "--model", str(folder), *flags])).generate_lora(TEXT)
+            assert lora[-1]["mlp.down_proj"][1].dtype == dtype
