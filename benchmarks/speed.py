@@ -349,14 +349,14 @@ def main(argv=None):
     lengths = args.lengths or ((64, 256) if args.quick else (64, 256, 1024, 4096))
     for size in args.size:
         big = size in QWEN3
-        part = result[size] = {"matmul GFLOP/s": rate / 1e9, "read GB/s": bandwidth / 1e9}
+        part = result[size] = {}
         if "training" in args.parts:
-            part |= trainings(size, device, dtype, rate, args.quick)
-        shine = build(size, device, dtype).eval()
+            part |= {"matmul GFLOP/s": rate / 1e9} | trainings(size, device, dtype, rate, args.quick)
+        shine = build(size, device, dtype).to(dtype).eval()      # as shine.py has them; in training the M2P's own weights are float32
         if "reading" in args.parts:
             part["text to LoRA"] = reading(shine, lengths[:3] if big and device.type == "cpu" else lengths, (1,) if big and device.type == "cpu" else (1, 16))
         if "answering" in args.parts:
-            part["answering"] = answering(shine, lengths[:3] if big else lengths, bandwidth)
+            part["read GB/s"], part["answering"] = bandwidth / 1e9, answering(shine, lengths[:3] if big else lengths, bandwidth)
         del shine
         print(json.dumps({size: part}, indent=1), flush=True)
         keep(args.json, result)

@@ -81,7 +81,10 @@ def quality():
     lines += [row(title.format(lengths=lengths), results[name]) for name, title in SETS.items()]
     f1 = ", ".join(f"{SHORT.get(name, name)} " + " / ".join(f"{r[c]['f1']['mean']:.1f}" for c in CONDITIONS) for name, (r, _) in results.items())
     accuracy = " and ".join(f"{read(f'{model}/quality_generated')['reconstruction token accuracy']:.1f}" for model in MODELS)
-    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts by small and tiny: {accuracy} % of tokens."
+    bf16 = ", ".join(f"{model} " + " / ".join(f"{read(f'bf16/{model}_{name}')['conditions']['shine']['groups']['all']['em']['mean']:.1f}"
+                                              for name in ("generated", "strangers", "strangers_test")) for model in MODELS)
+    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of the same generated texts by small and tiny: {accuracy} % of tokens." \
+        + f"\nAll in float32. In bf16 SHINE has, generated / strangers dev / strangers test: {bf16}."
 
 
 def baselines():
