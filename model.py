@@ -285,7 +285,16 @@ class KVCache:
         # zeros: a step of a Decoder on a GPU multiplies what is not written yet by a weight of zero, which NaN would survive
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         self.mask = None                                  # (B, length), True where a real token stands; None: everywhere
-        self.used, self.length = 0, length
+        self.used, self.length, self.ids = 0, length, []      # ids: what `LanguageModel.generate` put in, [(B, T), ...]
+
+    def begin(self, ids, resume):
+        """ids (B, T) -> those that are still to be read, (B, T - n): with `resume` the cache goes on from the first n that it holds
+        already. What it held behind them is forgotten."""
+        held, self.used = torch.cat(self.ids, 1)[:, :self.used] if resume and self.ids else ids[:, :0], 0
+        if n := min(held.shape[1], ids.shape[1] - 1):      # at least one is read: its logits say what follows
+            self.used = int((held[:, :n] == ids[:, :n]).all(0).cumprod(0).sum())
+        self.ids = [ids]
+        return ids[:, self.used:]
 
     def store(self, layer, k, v):
         """Put k, v (B, kv heads, T, head_dim) behind the used positions; return all keys and values up to there."""
@@ -513,16 +522,18 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------------ generation
     @torch.inference_mode()
     def generate(self, input_ids, attention_mask=None, lora=None, max_new_tokens=64, stop=(), temperature=0.0, top_k=0,
-                 top_p=1.0, seed=0, decoder=None):
+                 top_p=1.0, seed=0, decoder=None, resume=False):
         """Yield the next tokens (B,) one step after the other; ids (B, T), left-padded where rows differ (mask (B, T)).
 
         temperature 0 is greedy. A row that has given a token in `stop` goes on giving it; the generator ends when all
-        rows have, or after max_new_tokens. decoder: a Decoder of this model and LoRA, for rows without padding.
+        rows have, or after max_new_tokens. decoder: a Decoder of this model and LoRA, for rows without padding; with `resume` the
+        beginning of the ids that its cache holds from the call before (turns of the same conversation) is not read again.
         """
         B, T = input_ids.shape
         p = self.model.norm.weight
         assert decoder is None or attention_mask is None and decoder.model is self and decoder.lora is lora, "this decoder is not for these rows"
         cache = decoder.room(B, T + max_new_tokens) if decoder else KVCache(self.config, B, T + max_new_tokens, self.compute_dtype or p.dtype, p.device)
+        input_ids = cache.begin(input_ids, resume)
         generator = torch.Generator(p.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop), device=p.device)
         done, last = torch.zeros(B, dtype=torch.bool, device=p.device), None
@@ -534,6 +545,7 @@ class LanguageModel(nn.Module):
             done, last = done | torch.isin(token, stops), token
             if len(stop) and bool(done.all()) or i + 1 == max_new_tokens:
                 return
+            cache.ids.append(token[:, None])
             logits = decoder(token) if decoder and decoder.pays() else self.head(self.hidden(token[:, None], None, lora, cache)[:, -1])
 
     @contextmanager
@@ -583,13 +595,14 @@ class LanguageModel(nn.Module):
 
 
 class Decoder:
-    """One more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured in benchmarks/speed.py).
+    """One more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured in benchmarks/speed.py), and the
+    cache of a conversation.
 
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
-    started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds a LoRA too where it
-    is float32, and on a CPU a matrix lies as (P, in, out / P), a part for each thread: a product with one row uses one thread otherwise.
-    In bf16 torch's product there would pack the whole matrix anew; `embedding_bag`, which adds up rows of a matrix, each times its weight,
-    in float32, reads it at the rate of the memory.
+    started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds the weight of the
+    norm before it, and a LoRA too where it is float32. On x86 a product with one row is `embedding_bag`, which adds up rows of a
+    matrix, each times a number, in float32: it reads the matrix at the rate of the memory, for which torch's products with one row use
+    one thread or, in bf16, pack the matrix anew. There a matrix lies as (P, in, out / P), P parts for the threads to share.
     On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
     overwritten by the next step. compiled: there, what a layer does is compiled first (once for all layers, half a minute), so that
     some forty small kernels of it become few and its products with one row sums that are read at full speed.
@@ -602,56 +615,61 @@ class Decoder:
         """Whether the copy pays: up to 2 GB of bf16, or float32 weights on a CPU that stay small; and one LoRA for all rows, or none."""
         p, size = model.model.norm.weight, sum(p.numel() for p in model.model.layers.parameters())
         one = not lora or all(A.dim() == 2 or len(A) == 1 for layer in lora for A, _ in layer.values())
-        return one and size < (2 ** 30 if p.is_cuda or Decoder.bags(p) else 2 ** 26 if p.dtype == torch.float32 else 0)
+        return one and size < (2 ** 30 if p.is_cuda else 2 ** 26 if p.dtype == torch.float32 else 2 ** 30 if Decoder.bags(p) else 0)
 
     @staticmethod
     def bags(p):
-        """Whether `embedding_bag` has a fast kernel for weights like p: bf16, on x86 processors."""
-        return p.dtype == torch.bfloat16 and p.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        """Whether `embedding_bag` has a fast kernel for weights like p: on x86 processors."""
+        return p.dtype in (torch.bfloat16, torch.float32) and p.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
     def __init__(self, model, lora=None):
         p = model.model.norm.weight
         self.model, self.config, self.lora, self.dtype, self.device = model, model.config, lora, model.compute_dtype or p.dtype, p.device
         self.layers = self.cache = self.graph = None
-        self.rows, self.asked = {}, 0          # for embedding_bag: {(P, in): (P, in) numbers of the rows of a part}
+        self.state = torch.float32 if p.device.type == "cpu" else self.dtype      # dtype between the products: for one row float32 costs no more
+        self.fast, self.asked = Decoder.suits(model, lora), 0
+        self.rows = {}      # for embedding_bag: {(P, in): (numbers of the rows (P in,), where each part starts (P,))}
         self.at = torch.zeros(1, dtype=torch.long, device=p.device)
 
     def pays(self):
-        """Count a step asked for -> whether to take it here: the copy costs as much as it saves in four to ten steps, a large one on
-        a CPU in some twenty, and many an answer is shorter."""
+        """Count a step asked for -> whether to take it here, if this `suits`: on a CPU the copy costs as much as it saves in two to five steps, a large
+        one in some twenty, on a GPU its graph in eight, and many an answer is shorter."""
         self.asked += 1
-        return self.asked > (20 if self.device.type == "cpu" and self.config.hidden_size > 512 else 8)
+        return self.fast and self.asked > (8 if self.device.type == "cuda" else 20 if self.config.hidden_size > 512 else 3)
 
     def join(self):
         """Copy the weights, at the first step."""
         c, model, p = self.config, self.model, self.model.model.norm.weight
         dtype = p.dtype if self.bags(p) else self.dtype
 
-        def joined(layer, pairs, *names):
-            """W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum W + A B would
-            round away what is small beside W: so B stands below W, as (names * r, out), and A (in, names * r) beside it."""
+        def joined(layer, pairs, *names, norm=1.0):
+            """diag(norm) W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum
+            W + A B would round away what is small beside W: so B stands below W, as (names * r, out), and A^T (names * r, in) beside it."""
             weights = [layer.get_submodule(n).weight for n in names]
-            W = torch.cat(weights).to(dtype)                                                     # (out, in)
+            W = torch.cat(weights)                                                               # (out, in)
             if not any(n in pairs for n in names):
-                return self.cut(W), None
+                return self.cut((W * norm).to(dtype)), None
             A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((w.shape[1], 0) if i == 0 else (0, len(w)))
                      for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
             if dtype == torch.float32:
-                return self.cut(W + torch.cat([(a @ b).T for a, b in zip(A, B)])), None
-            return self.cut(torch.cat((W, torch.block_diag(*B).T.to(dtype)), 1)), torch.cat(A, 1).to(dtype if p.is_cuda else torch.float32)
-        # RMSNorm is x w sqrt(n) / sqrt(|x|^2 + n eps): w sqrt(n) at once, and for q the scale of the scores too
-        norm = lambda module, *heads, scale=1.0: (module.weight.float() * math.sqrt(len(module.weight)) * scale).to(self.dtype).expand(*heads, -1)
-        self.eps = {n: torch.full((1,), n * c.rms_norm_eps, device=p.device) for n in (c.hidden_size, c.head_dim)}
-        self.layers = []
+                return self.cut((W + torch.cat([(a @ b).T for a, b in zip(A, B)])) * norm), None
+            A, B = torch.cat(A, 1).T * norm, torch.block_diag(*B).T
+            return self.cut(torch.cat(((W * norm).to(dtype), B.to(dtype)), 1)), A.to(self.state).contiguous()
+        self.eps = torch.full((1,), c.rms_norm_eps, device=p.device)
+        self.layers, turned = [], []
         for i, layer in enumerate(model.model.layers):
             pairs, attention = self.lora[i] if self.lora else {}, layer.self_attn
             self.layers.append((
-                norm(layer.input_layernorm), joined(layer, pairs, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                torch.cat((norm(attention.q_norm, c.num_attention_heads, scale=c.head_dim ** -0.5), norm(attention.k_norm, c.num_key_value_heads))),
-                joined(layer, pairs, "self_attn.o_proj"), norm(layer.post_attention_layernorm),
-                joined(layer, pairs, "mlp.gate_proj", "mlp.up_proj"), joined(layer, pairs, "mlp.down_proj")))
+                joined(layer, pairs, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", norm=layer.input_layernorm.weight),
+                joined(layer, pairs, "self_attn.o_proj"),
+                joined(layer, pairs, "mlp.gate_proj", "mlp.up_proj", norm=layer.post_attention_layernorm.weight),
+                joined(layer, pairs, "mlp.down_proj")))
+            turned.append(torch.cat((attention.q_norm.weight.to(self.state).expand(c.num_attention_heads, -1) * c.head_dim ** -0.5,
+                                     attention.k_norm.weight.to(self.state).expand(c.num_key_value_heads, -1))))
+        # RoPE meets the weights of the norms of q and k: x w cos + roll(x) roll(w) sin; those of q have the scale of the scores
+        self.turned = torch.stack(turned)                                                            # (L, heads of q and k, D)
         output = (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head).weight
-        self.last, self.output = norm(model.model.norm), (self.cut(output.to(dtype)), None)
+        self.output = self.cut((output * model.model.norm.weight).to(dtype)), None
 
     def cut(self, W):
         """(out, in) -> (P, in, out / P): parts of 256 columns or fewer for `embedding_bag`, which goes through a part row by row."""
@@ -660,16 +678,19 @@ class Decoder:
         columns, P = math.gcd(out, 256 if out >= 256 * threads else 32), math.gcd(threads, out)
         if self.bags(W) and columns >= 32:
             P = out // columns
-            self.rows[P, rows] = torch.arange(P * rows, dtype=torch.int32).view(P, rows)
+            self.rows[P, rows] = torch.arange(P * rows, dtype=torch.int32), torch.arange(0, P * rows, rows, dtype=torch.int32)
         return W.view(P, -1, rows).transpose(1, 2).contiguous()
 
     def room(self, batch, length):
-        """An empty cache for so many rows and tokens: the one from before where that is large enough."""
-        if self.cache is None or self.cache.length < length or self.cache.keys.shape[1] != batch:
+        """The cache, with room for so many rows and tokens: the one from before where that is large enough, or what it holds in a larger one."""
+        old = self.cache
+        if old is None or old.length < length or old.keys.shape[1] != batch:
             self.cache, self.graph = KVCache(self.config, batch, -(-length // 128) * 128, self.dtype, self.device), None
+            if old is not None and old.keys.shape[1] == batch:
+                self.cache.keys[..., :old.length, :], self.cache.values[..., :old.length, :] = old.keys, old.values
+                self.cache.used, self.cache.ids = old.used, old.ids
             angles = rope(torch.arange(self.cache.length, device=self.device)[None], self.config.head_dim, self.config.rope_theta)
-            self.angles = [t[0, 0].to(self.dtype) for t in angles]                                    # cos, sin: (length, head_dim)
-        self.cache.used = 0
+            self.angles = [t[0, 0].to(self.state) for t in angles]                                    # cos, sin: (length, head_dim)
         return self.cache
 
     @torch.inference_mode()
@@ -680,64 +701,66 @@ class Decoder:
             if self.compiled and self.device.type == "cuda":
                 self.layer = torch.compile(self.layer, dynamic=False, options={"coordinate_descent_tuning": True})
         self.at.fill_(self.cache.used)
-        self.cache.used += 1
         if self.device.type != "cuda":
-            return self.step(token, self.cache.used)
-        if self.graph is None:
-            self.token = token.clone()
-            self.step(self.token, None)                    # once outside the graph: libraries set themselves up
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step(self.token, None)
-        self.token.copy_(token)
-        self.graph.replay()
+            self.logits = self.step(token, self.cache.used + 1)
+        else:
+            if self.graph is None:
+                self.token = token.clone()
+                self.step(self.token, None)                # once outside the graph: libraries set themselves up
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.logits = self.step(self.token, None)
+            self.token.copy_(token)
+            self.graph.replay()
+        self.cache.used += 1                               # last: a step that Ctrl-C stops half-way is not in the cache
         return self.logits
 
     def step(self, token, end):
         """token (B,) at position `at` -> logits (B, V). It sees the cache up to `end`; None: all of it, the rest masked."""
-        cos, sin = (t.index_select(0, self.at) for t in self.angles)
+        cos, sin = (t.index_select(0, self.at) for t in self.angles)                                 # (1, D)
+        cos, sin = self.turned * cos, self.turned.roll(self.config.head_dim // 2, -1) * sin          # (L, heads of q and k, D)
         bias = None
         if end is None:
             later = torch.arange(self.cache.length, device=self.device) > self.at
             bias = torch.zeros(1, self.cache.length, dtype=self.dtype, device=self.device).masked_fill_(later, float("-inf"))
-        x = self.model.model.embed_tokens(token).to(self.dtype)                                      # (B, H)
-        for weights, keys, values in zip(self.layers, self.cache.keys, self.cache.values):
-            x = self.layer(x, weights, keys, values, cos, sin, bias, end)
-        return self.product(self.norm(x, self.last), self.output)
+        x = self.model.model.embed_tokens(token).to(self.state)                                      # (B, H)
+        for rest in zip(self.layers, self.cache.keys[..., :end, :], self.cache.values[..., :end, :], cos, sin):
+            x = self.layer(x, *rest, bias)
+        return self.product(x * self.inverse_rms(x), self.output)
 
-    def layer(self, x, weights, keys, values, cos, sin, bias, end):
+    def layer(self, x, weights, keys, values, cos, sin, bias):
         """x (B, H) through a layer; keys and values (B, KV, length, D) get those of `at`."""
         c, B = self.config, len(x)
         heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        norm1, qkv, norm_qk, o, norm2, gate_up, down = weights
-        y = self.product(self.norm(x, norm1), qkv).view(B, -1, D)                                # the heads of q, k, v
-        qk = self.norm(y[:, :heads + kv], norm_qk)
-        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-        keys.index_copy_(2, self.at, qk[:, heads:, None])
-        values.index_copy_(2, self.at, y[:, heads + kv:, None])
-        q = qk[:, :heads].reshape(B, kv, heads // kv, D)                                         # heads of one group: rows over the same keys
+        qkv, o, gate_up, down = weights
+        y = self.product(x * self.inverse_rms(x), qkv).view(B, -1, D)                                   # the heads of q, k, v
+        qk, v = y.split((heads + kv, kv), 1)
+        q, k = (torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin) * self.inverse_rms(qk)).to(keys.dtype).split((heads, kv), 1)
+        keys.index_copy_(2, self.at, k.unsqueeze(2))
+        values.index_copy_(2, self.at, v.unsqueeze(2).to(values.dtype))
+        q = q.reshape(B, kv, heads // kv, D)                                                     # heads of one group: rows over the same keys
         if bias is None:
-            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], scale=1.0)
+            y = F.scaled_dot_product_attention(q, keys, values, scale=1.0)
         else:
             y = torch.softmax(q @ keys.mT + bias, -1) @ values
         x = x + self.product(y.reshape(B, heads * D), o)
-        gate, up = self.product(self.norm(x, norm2), gate_up).chunk(2, -1)
+        gate, up = self.product(x * self.inverse_rms(x), gate_up).chunk(2, -1)
         return x + self.product(F.silu(gate) * up, down)
 
-    def norm(self, x, weight):
-        """RMSNorm with the constants of join in the weight."""
+    def inverse_rms(self, x):
+        """As `inverse_rms`, in fewer operations. The weight of each RMSNorm is in what x is multiplied by next."""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x * torch.addcmul(self.eps[x.shape[-1]], size, size).rsqrt_().to(x.dtype) * weight
+        return torch.addcmul(self.eps, size, size, value=1 / x.shape[-1]).rsqrt_().to(self.state)
 
     def product(self, x, linear):
         """x (B, in) -> (B, out); linear: what join made. With a LoRA [x, x A] [W; B] = x W + x A B."""
         W, A = linear
         if A is not None:
-            x = torch.cat((x, (x.to(A.dtype) @ A).to(x.dtype)), 1)
+            x = torch.cat((x, F.linear(x.to(A.dtype), A)), 1)
         x = x.to(W.dtype).expand(len(W), *x.shape)                                               # (P, B, in)
-        if x.shape[1] == 1 and (rows := self.rows.get(W.shape[:2])) is not None:
-            return F.embedding_bag(rows, W.flatten(0, 1), mode="sum", per_sample_weights=x[:, 0].contiguous()).view(1, -1).to(self.dtype)
-        return torch.bmm(x, W).transpose(0, 1).reshape(x.shape[1], -1).to(self.dtype)
+        if x.shape[1] == 1 and (bags := self.rows.get(W.shape[:2])):
+            return F.embedding_bag(bags[0], W.flatten(0, 1), bags[1], mode="sum", per_sample_weights=x.flatten()).view(1, -1)
+        return torch.bmm(x, W).transpose(0, 1).reshape(x.shape[1], -1)
 
 
 class Recorded:

@@ -533,7 +533,7 @@ class Conversation:
         self.shine, self.lora = shine, lora
         self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
         self.max_new_tokens, self.sampling, self.turns, self.dropped = max_new_tokens, sampling, [], 0
-        self.decoder = Decoder(shine.base, lora) if Decoder.suits(shine.base, lora) else None      # one for all turns
+        self.decoder = Decoder(shine.base, lora)      # one for all turns
 
     def prompt(self, question):
         """Ids of the conversation so far and the question; the oldest turns go when it grows too long."""
@@ -556,7 +556,7 @@ class Conversation:
         ids = torch.tensor([self.prompt(question)], device=self.shine.device)
         answer, said = [], ""
         try:
-            for token in base.generate(ids, None, self.lora, self.max_new_tokens, tokenizer.stops, decoder=self.decoder, **self.sampling):
+            for token in base.generate(ids, None, self.lora, self.max_new_tokens, tokenizer.stops, decoder=self.decoder, resume=True, **self.sampling):
                 if (token := int(token)) in tokenizer.stops:
                     break
                 answer.append(token)

@@ -45,6 +45,21 @@ def median_ms(call, runs=15, warm=3):
     return round(statistics.median(times[warm:]), 1)
 
 
+def along(talk, turns=8, runs=5):
+    """Milliseconds to the first token of each turn of a conversation, medians; talk() begins one."""
+    rows = []
+    for _ in range(runs):
+        rows.append([])
+        conversation = talk()
+        for _ in range(turns):
+            started = time.perf_counter()
+            pieces = conversation.stream(QUESTION)
+            next(pieces)
+            rows[-1].append((time.perf_counter() - started) * 1000)
+            list(pieces)
+    return [round(statistics.median(column), 1) for column in zip(*rows)]
+
+
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
@@ -63,6 +78,9 @@ def main(argv=None):
     lora = shine.generate_lora(TEXT)
     result["one answer, warm, ms"] = {"SHINE": median_ms(lambda: Conversation(shine, lora).ask(QUESTION)),
                                       "text in the prompt": median_ms(lambda: Conversation(shine, None, TEXT).ask(QUESTION))}
+    text = " ".join(words)[:700]
+    result["text of the next, tokens"], lora = len(shine.tokenizer.encode(text)), shine.generate_lora(text)
+    result["first token of each turn, ms"] = {"SHINE": along(lambda: Conversation(shine, lora)), "text in the prompt": along(lambda: Conversation(shine, None, text))}
     print(json.dumps(result, indent=1))
     if args.json:
         write_json(args.json, result)

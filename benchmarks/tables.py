@@ -109,10 +109,14 @@ def latency():
     columns = {f"{model}: {result['machine'].split(', ', 2)[-1]}": result for file in ("latency", "latency_bf16") for model in MODELS for result in [read(f"{model}/{file}")]}
     results, answers = columns.values(), [result["one answer, warm, ms"] for result in columns.values()]
     line = lambda title, cells: f"| {title} | " + " | ".join(cells) + " |"
+    turns = [result.get("first token of each turn, ms") for result in results]
+    tokens = " and ".join(dict.fromkeys(str(r["text of the next, tokens"]) for r in results if "text of the next, tokens" in r))
     return "\n".join([line("x86_64, 2 cores, medians", columns), "|---" * (1 + len(columns)) + "|",
                       line("first answer from a cold start of the command, s", (str(r["cold start"]["first answer s"]) for r in results)),
                       line("LoRA from a text of 100 tokens, warm, ms", (str(r["LoRA from N tokens, warm, ms"]["100"]) for r in results)),
-                      line("one answer, warm, SHINE / text in the prompt, ms", (f"{a['SHINE']} / {a['text in the prompt']}" for a in answers))])
+                      line("one answer, warm, SHINE / text in the prompt, ms", (f"{a['SHINE']} / {a['text in the prompt']}" for a in answers)),
+                      *(line(f"first token of the {name} question about {tokens} tokens, the same, ms", (f"{a['SHINE'][i]} / {a['text in the prompt'][i]}" if a else "" for a in turns))
+                        for i, name in ((0, "first"), (-1, "eighth")))])
 
 
 def from_nothing():

@@ -178,14 +178,14 @@ def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype,
     for length in (5, 7):                                                     # the second conversation goes on in the same cache
         cache = decoder.room(rows, 40)
         with torch.inference_mode():
-            base.hidden(ids[:, :length], None, lora, cache)
+            base.hidden(cache.begin(ids[:, :length], False), None, lora, cache)
             for t in range(length, 9):
                 expected = exact(ids[:, :t + 1], None, lora)[:, -1]
                 static = decoder.cache.used
                 assert close(decoder(ids[:, t]), expected, 1e-5 if dtype == torch.float32 else 0.06)
                 assert close(decoder.step(ids[:, t], None), expected, 1e-5 if dtype == torch.float32 else 0.06)      # as a CUDA graph holds it
                 assert decoder.cache.used == static + 1
-    bags = dtype == torch.bfloat16 and device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    bags = device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     assert bool(decoder.rows) == bags and Decoder.suits(base, lora) == (bags or device == "cuda" or dtype == torch.float32)
     assert decoder.output[0].shape[2] >= 32      # 257 divides into no parts worth a bag
 
@@ -214,6 +214,41 @@ def test_generation_with_and_without_a_decoder_is_the_same(base, ids):
     for rows in ((torch.ones_like(ids), lora), (None, random_lora(base.config)[0])):      # padded rows, another LoRA
         with pytest.raises(AssertionError, match="not for these rows"):
             next(base.generate(ids, *rows, decoder=decoder))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_conversation_goes_on_in_its_cache(base, ids, rows, monkeypatch):
+    lora, hidden, read = random_lora(base.config, rows if rows > 1 else None)[0], base.hidden, []
+    decoder = Decoder(base, lora)
+    monkeypatch.setattr(base, "hidden", lambda x, *args, **options: read.append(x.shape[1]) or hidden(x, *args, **options))
+
+    def turn(prompt):
+        read.clear()
+        fresh = torch.stack(list(base.generate(prompt, None, lora, max_new_tokens=6)), 1)
+        assert read == [prompt.shape[1]] + 5 * [1]
+        read.clear()
+        assert torch.equal(torch.stack(list(base.generate(prompt, None, lora, max_new_tokens=6, decoder=decoder, resume=True)), 1), fresh)
+        return fresh, read[0]
+    prompt, held = ids[:rows, :9], 0
+    for new in (4, 140, 3):                                     # behind the second turn the cache is a larger one
+        answer, tokens = turn(prompt)
+        assert tokens == prompt.shape[1] - held
+        held = prompt.shape[1] + 5                              # the last token of the answer was not read yet
+        prompt = torch.cat((prompt, answer, torch.randint(5, 257, (rows, new), generator=torch.Generator().manual_seed(new))), 1)
+    assert (decoder.layers is not None) == (rows == 1)          # the steps of the Decoder fill it too; two LoRAs have none
+    prompt[:, 7] = (prompt[:, 7] + 1) % 257                     # another beginning: from there on all is read
+    assert turn(prompt)[1] == prompt.shape[1] - 7
+    assert turn(prompt)[1] == 1 and turn(prompt[:, :20])[1] == 1      # the same, and less than it holds: one token, for the logits
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+    given = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # Ctrl-C in the middle of a step
+        for token in base.generate(prompt[:, :20], None, lora, max_new_tokens=6, decoder=decoder, resume=True):
+            given.append(token[:, None])
+            if len(given) == 3:
+                patch.setattr(type(base.model.layers[1].mlp) if rows > 1 else Decoder, "forward" if rows > 1 else "product", stopped)
+    assert turn(torch.cat((prompt[:, :20], *given, prompt[:, :1]), 1))[1] == 2      # the third token was on its way into the cache
 
 
 def test_stop_tokens_end_a_row_and_then_the_generator(base, ids):

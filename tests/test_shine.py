@@ -156,6 +156,20 @@ def test_answer_is_greedy_decoding_with_the_lora_unmerged(shine):
     assert shine.answer("Who?", lora, max_new_tokens=12) == shine.answer(["Who?"], lora, max_new_tokens=12)[0]
 
 
+def test_a_turn_reads_only_what_is_new(shine, monkeypatch):
+    """With a LoRA, and with the text in the prompt; the answers are those to prompts that are read as a whole."""
+    hidden, read = shine.base.hidden, []
+    monkeypatch.setattr(shine.base, "hidden", lambda x, *args, **options: read.append(x.shape[1]) or hidden(x, *args, **options))
+    for talk in (Conversation(shine, shine.generate_lora("Mara has a parrot."), max_new_tokens=4), Conversation(shine, None, "Mara has a parrot.", max_new_tokens=4)):
+        for question in ("Who?", "And who feeds it?", "Why?"):
+            prompt = talk.prompt(question)
+            read.clear()
+            answer = talk.ask(question)
+            assert read[0] == len(prompt) if question == "Who?" else read[0] <= len(prompt) - before
+            assert answer == answer_batch(shine.base, shine.tokenizer, [talk.turns[:-1]], talk.lora, talk.context and ["Mara has a parrot."], max_new_tokens=4)[0]
+            before = len(prompt)
+
+
 def test_stopping_an_answer_early_keeps_the_turn(shine):
     shine.base.generate = lambda *a, **k: iter(torch.tensor([[98], [99], [100]]))      # b, c, d
     talk = Conversation(shine, shine.generate_lora("x"))
