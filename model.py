@@ -595,8 +595,8 @@ class LanguageModel(nn.Module):
 
 
 class Decoder:
-    """One more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured in benchmarks/speed.py), and the
-    cache of a conversation.
+    """The cache of a conversation, and one more token for every row of a batch: DecoderLayer for T = 1, written for speed (measured
+    in benchmarks/speed.py).
 
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
     started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds the weight of the
@@ -632,8 +632,8 @@ class Decoder:
         self.at = torch.zeros(1, dtype=torch.long, device=p.device)
 
     def pays(self):
-        """Count a step asked for -> whether to take it here, if this `suits`: on a CPU the copy costs as much as it saves in two to five steps, a large
-        one in some twenty, on a GPU its graph in eight, and many an answer is shorter."""
+        """Count a step asked for -> whether to take it here, if this `suits`: on a CPU the copy costs as much as it saves in two to five
+        steps, a large one in some twenty, on a GPU its graph in eight, and many an answer is shorter."""
         self.asked += 1
         return self.fast and self.asked > (8 if self.device.type == "cuda" else 20 if self.config.hidden_size > 512 else 3)
 

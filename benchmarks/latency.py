@@ -23,12 +23,12 @@ TEXT = "Mara keeps a green parrot called Biscuit in the lighthouse."
 QUESTION = "What is the parrot called?"
 
 
-def cold_start(runs, model):
+def cold_start(runs, model, *flags):
     """Seconds from starting `python shine.py TEXT --ask Q` to its first answer byte, and to its end."""
     first, total = [], []
     for _ in range(runs):
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, "-u", "shine.py", TEXT, "--ask", QUESTION, "--model", model], cwd=ROOT, stdout=subprocess.PIPE, text=True) as p:
+        with subprocess.Popen([sys.executable, "-u", "shine.py", TEXT, "--ask", QUESTION, "--model", model, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True) as p:
             for line in p.stdout:
                 if line.startswith("> "):
                     first.append(time.perf_counter() - started)
@@ -65,11 +65,12 @@ def main(argv=None):
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--float32", action="store_true", help="no bf16, also where the processor multiplies it")
     args = parser.parse_args(argv)
-    _, dtype, why = pick_device("cpu")
+    _, dtype, why = pick_device("cpu", args.float32)
     shine = Shine.load(args.model, dtype=dtype)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {why}", "torch": torch.__version__,
-              "cold start": cold_start(args.runs, args.model), "LoRA from N tokens, warm, ms": {}}
+              "cold start": cold_start(args.runs, args.model, *["--float32"] * args.float32), "LoRA from N tokens, warm, ms": {}}
     words = "the old man of the hill has a red boat and ".split() * 40
     with torch.no_grad():
         for n in (16, 50, 100, 200, 256):

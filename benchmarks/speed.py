@@ -69,9 +69,9 @@ def read_rate(device, size=2 ** 28):
     return big.nbytes / median(lambda: big.sum(), 7)
 
 
-def peak_memory(size, B, N, S, checkpointing=False):
+def peak_memory(size, dtype, B, N, S, checkpointing=False):
     """GiB of a process that makes two training steps on the CPU, Python and torch included."""
-    code = (f"from benchmarks.speed import *; device, dtype, _ = pick_device('cpu'); shine = build({size!r}, device, dtype);"
+    code = (f"from benchmarks.speed import *; device = torch.device('cpu'); shine = build({size!r}, device, {dtype});"
             f"shine.base.checkpointing = shine.m2p.checkpointing = {checkpointing};"
             f"optimizer = torch.optim.AdamW(shine.trained().values(), lr=1e-5, fused=True); batch = batch_of({B}, {N}, {S}, shine.base.config.vocab_size, device);"
             "step(shine, batch, optimizer); step(shine, batch, optimizer); print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")      # getrusage would count the parent
@@ -164,7 +164,7 @@ def training(size, device, dtype, shapes, rate):
             shine.base.checkpointing = shine.m2p.checkpointing = True
             again = median(lambda: step(shine, batch, optimizer), 3, 1)
             shine = optimizer = None
-            rows[f"{B} x ({N} + {S})"] |= {"peak GiB": peak_memory(size, B, N, S), "with checkpointing: peak GiB": peak_memory(size, B, N, S, True),
+            rows[f"{B} x ({N} + {S})"] |= {"peak GiB": peak_memory(size, dtype, B, N, S), "with checkpointing: peak GiB": peak_memory(size, dtype, B, N, S, True),
                                            "with checkpointing: samples/s": B / again}
     return rows
 
@@ -339,8 +339,9 @@ def main(argv=None):
     parser.add_argument("--sizes-only", action="store_true", help="no cold start, no growth with length, rank and layers")
     parser.add_argument("--profile", action="store_true", help="only the kernels of a training step, the slowest first")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--float32", action="store_true", help="no bf16, also where the processor multiplies it")
     args = parser.parse_args(argv)
-    device, dtype, why = pick_device(args.device)
+    device, dtype, why = pick_device(args.device, args.float32)
     if args.profile:
         return [kernels(size, device, dtype) for size in args.size if size not in QWEN3 or device.type == "cuda"]
     rate = matmul_rate(dtype, device, 8192 if device.type == "cuda" else 2048)
