@@ -642,19 +642,20 @@ class Decoder:
         c, model, p = self.config, self.model, self.model.model.norm.weight
         dtype = p.dtype if self.bags(p) else self.dtype
 
-        def joined(layer, pairs, *names, norm=1.0):
+        def joined(layer, pairs, *names, norm=None):
             """diag(norm) W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum
             W + A B would round away what is small beside W: so B stands below W, as (names * r, out), and A^T (names * r, in) beside it."""
+            behind = lambda x: x if norm is None else x * norm                                   # (n, in)
             weights = [layer.get_submodule(n).weight for n in names]
-            W = torch.cat(weights)                                                               # (out, in)
+            W = behind(torch.cat(weights)).to(dtype)                                             # (out, in)
             if not any(n in pairs for n in names):
-                return self.cut((W * norm).to(dtype)), None
+                return self.cut(W), None
             A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((w.shape[1], 0) if i == 0 else (0, len(w)))
                      for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
+            A, B = behind(torch.cat(A, 1).T), torch.block_diag(*B).T                             # (names * r, in), (out, names * r)
             if dtype == torch.float32:
-                return self.cut((W + torch.cat([(a @ b).T for a, b in zip(A, B)])) * norm), None
-            A, B = torch.cat(A, 1).T * norm, torch.block_diag(*B).T
-            return self.cut(torch.cat(((W * norm).to(dtype), B.to(dtype)), 1)), A.to(self.state).contiguous()
+                return self.cut(W + B @ A), None
+            return self.cut(torch.cat((W, B.to(dtype)), 1)), A.to(self.state).contiguous()
         self.eps = torch.full((1,), c.rms_norm_eps, device=p.device)
         self.layers, turned = [], []
         for i, layer in enumerate(model.model.layers):
@@ -667,7 +668,7 @@ class Decoder:
             turned.append(torch.cat((attention.q_norm.weight.to(self.state).expand(c.num_attention_heads, -1) * c.head_dim ** -0.5,
                                      attention.k_norm.weight.to(self.state).expand(c.num_key_value_heads, -1))))
         # RoPE meets the weights of the norms of q and k: x w cos + roll(x) roll(w) sin; those of q have the scale of the scores
-        self.turned = torch.stack(turned)                                                            # (L, heads of q and k, D)
+        self.turned = torch.stack(turned), torch.stack(turned).roll(c.head_dim // 2, -1)             # (L, heads of q and k, D) each
         output = (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head).weight
         self.output = self.cut((output * model.model.norm.weight).to(dtype)), None
 
@@ -701,24 +702,25 @@ class Decoder:
             if self.compiled and self.device.type == "cuda":
                 self.layer = torch.compile(self.layer, dynamic=False, options={"coordinate_descent_tuning": True})
         self.at.fill_(self.cache.used)
-        if self.device.type != "cuda":
-            self.logits = self.step(token, self.cache.used + 1)
-        else:
-            if self.graph is None:
-                self.token = token.clone()
-                self.step(self.token, None)                # once outside the graph: libraries set themselves up
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.logits = self.step(self.token, None)
-            self.token.copy_(token)
-            self.graph.replay()
+        logits = self.replay(token) if self.device.type == "cuda" else self.step(token, self.cache.used + 1)
         self.cache.used += 1                               # last: a step that Ctrl-C stops half-way is not in the cache
+        return logits
+
+    def replay(self, token):
+        """The step as a CUDA graph, captured when it is first asked for."""
+        if self.graph is None:
+            self.token = token.clone()
+            self.step(self.token, None)                    # once outside the graph: libraries set themselves up
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step(self.token, None)
+        self.token.copy_(token)
+        self.graph.replay()
         return self.logits
 
     def step(self, token, end):
         """token (B,) at position `at` -> logits (B, V). It sees the cache up to `end`; None: all of it, the rest masked."""
-        cos, sin = (t.index_select(0, self.at) for t in self.angles)                                 # (1, D)
-        cos, sin = self.turned * cos, self.turned.roll(self.config.head_dim // 2, -1) * sin          # (L, heads of q and k, D)
+        cos, sin = (w * t.index_select(0, self.at) for w, t in zip(self.turned, self.angles))        # (L, heads of q and k, D)
         bias = None
         if end is None:
             later = torch.arange(self.cache.length, device=self.device) > self.at
@@ -733,7 +735,7 @@ class Decoder:
         c, B = self.config, len(x)
         heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         qkv, o, gate_up, down = weights
-        y = self.product(x * self.inverse_rms(x), qkv).view(B, -1, D)                                   # the heads of q, k, v
+        y = self.product(x * self.inverse_rms(x), qkv).view(B, -1, D)                            # the heads of q, k, v
         qk, v = y.split((heads + kv, kv), 1)
         q, k = (torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin) * self.inverse_rms(qk)).to(keys.dtype).split((heads, kv), 1)
         keys.index_copy_(2, self.at, k.unsqueeze(2))

@@ -904,10 +904,12 @@ def pass_peak(module, batch):
 
 def dry_run(args):
     """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
-    device, dtype, why = (torch.device("cuda"), torch.bfloat16, "CUDA, bf16") if args.device == "cuda" else pick_device(args.device, args.float32)
+    if args.device == "cuda":      # also where there is none
+        device, dtype, why = torch.device("cuda"), *((torch.float32, "CUDA, float32") if args.float32 else (torch.bfloat16, "CUDA, bf16"))
+    else:
+        device, dtype, why = pick_device(args.device, args.float32)
     name, tables = args.base or args.model or (args.preset if args.stage == "base" else str(shipped(device))), PRESETS | QWEN3
     config = Config(**({"vocab_size": args.vocab_size} | tables[name])) if name in tables else Config.load(name)
-    dtype = torch.float32 if args.float32 else dtype
     attention = F.scaled_dot_product_attention
     with torch.device("meta"):
         model = LanguageModel(config)

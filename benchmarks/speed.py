@@ -220,13 +220,13 @@ def answering(shine, lengths, bandwidth, new=64, prompt=32):
         return {"first token ms": 1000 * first, "tokens/s": len(ids) * new / all_of_them,
                 "of the bandwidth": (new - 1) / (all_of_them - first) * weights / bandwidth}
     ask = torch.randint(5, V, (1, prompt), device=shine.device)
-    decoder = lambda lora: Decoder(base, lora) if Decoder.suits(base, lora) else None      # as a conversation has one
-    rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=decoder(lora)), "LoRA, layer by layer": timed(ask, lora),
+    rows = {"LoRA, as a conversation does it": timed(ask, lora, decoder=Decoder(base, lora)), "LoRA, layer by layer": timed(ask, lora),
             "no LoRA, layer by layer": timed(ask), "16 questions, 16 LoRAs": timed(ask.expand(16, -1).contiguous(), many)}
-    if ask.is_cuda and (compiled := decoder(lora)):
+    compiled = Decoder(base, lora)
+    if ask.is_cuda and compiled.fast:
         compiled.compiled = True
         rows["LoRA, its layers compiled"] = timed(ask, lora, decoder=compiled)
-    plain = decoder(None)
+    plain = Decoder(base)
     for n in (0, *lengths):
         rows[f"text of {n} tokens in the prompt"] = timed(torch.randint(5, V, (1, n + prompt), device=shine.device), decoder=plain)
     return rows
