@@ -418,7 +418,7 @@ def parse(argv):
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--float32", action="store_true", help="activations, and Muon's iterations, in float32 whatever the machine")
-    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--compile", action="store_true", help="torch.compile the layers, for long runs on a GPU; on a CPU it takes minutes and gains nothing in bf16")
     add("--cuda-graphs", action="store_true", help="on one GPU: record each shape of batch as a CUDA graph, which starts a pass at once; lengths in multiples of 32")
     add("--checkpointing", action="store_true", help="activation checkpointing: less memory, a third more work")
     add("--moments16", action="store_true", help="AdamW's moments in bf16 instead of float32")

@@ -171,6 +171,24 @@ def speed_bf16():
     return speed("speed_bf16")
 
 
+def official():
+    """Ours beside the paper's own code: milliseconds, and how many times as fast ours is in bf16."""
+    result = read("official")
+    columns = ("theirs", "ours, float32", "ours, bf16")
+    lines = ["| | " + " | ".join(columns) + " | bf16 against theirs |", "|---" * (len(columns) + 2) + "|"]
+    for size in ("reference", "qwen3-0.6b"):
+        for name, row in result[size]["seconds"].items():
+            cells = [f"{1000 * row[c]:,.0f}" for c in columns]
+            if "theirs, compiled" in row:
+                cells[0] += f" (compiled {1000 * row['theirs, compiled']:,.0f})"
+            lines.append(f"| {size}: {name}, ms | " + " | ".join(cells) + f" | {row['theirs'] / row['ours, bf16']:.1f} times as fast |")
+        for name, row in result[size]["GiB at most"].items():
+            lines.append(f"| {size}: {name}, GiB at most | " + " | ".join(f"{row[c]:.2f}" for c in columns) + f" | {100 * row['ours, bf16'] / row['theirs']:.0f} % of it |")
+    apart = max(v for size in ("reference", "qwen3-0.6b") for k, v in result[size]["differences"].items() if k in ("LoRA", "logits"))
+    return "\n".join(lines) + f"\n\n{result['machine'].rsplit(', ', 2)[0]}, torch {result['torch']}, transformers {result['transformers']}; medians of timings made in turn, each size in a run of its own. Largest difference in float32: " \
+        f"{apart:.0e} of the largest entry of LoRA or logits; greedy ids are the same."
+
+
 def speed_gpu():
     result = read("speed_gpu")
     sizes = [name for name in ("small", "qwen3-0.6b") if name in result]

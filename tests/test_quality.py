@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import quality, tables, where
+from benchmarks import official, quality, tables, where
 from conftest import ROOT, close
 from model import UserError, cut, flatten, map_lora
 from shine import LoRA
+from test_golden import CASE, load
 from train import save_base
 
 TEXTS = ["Mara has a parrot.", "Tom is a baker in Oslo, and he sings."]
@@ -165,3 +167,21 @@ def test_where_the_text_is(shine):
     shares = where.shares(lora)
     assert 0 < shares["mlp.down_proj"]["B"][-1] < 1 and where.shares([{}, *lora[1:]])["mlp.down_proj"]["B"] == shares["mlp.down_proj"]["B"][1:]
     assert where.shares(where.mixed(lora, mean, where.PARTS["A alone"]))["mlp.down_proj"]["B"] == [0] * len(lora)
+
+
+def test_the_papers_code_gets_our_lora_in_its_own_form():
+    """benchmarks.official hands the meta LoRA over as the authors' checkpoint has it, and reads theirs back."""
+    shine, _ = load("cpu")
+    lora = [{name: tuple(t[None] for t in pair) for name, pair in layer.items()} for layer in cut(shine.meta_lora.data, shine.base.config, shine.config.meta_r)]
+    theirs, count = official.nested(lora), 0
+    for name, tensor in load_file(CASE / "hypernet/hypernet.safetensors").items():
+        if name.startswith("metalora."):
+            _, _, i, block, linear, half = name.split(".")
+            assert torch.equal(theirs[int(i)]["attention" if block == "self_attn" else block][linear.removesuffix("_proj")][half[-1]], tensor), name
+            count += 1
+    assert count == 14 * len(lora) and torch.equal(flatten(official.listed(theirs, lora[0])), flatten(lora))
+
+
+def test_a_folder_that_is_not_the_papers_code_is_refused(tmp_path, shine):
+    with pytest.raises(UserError, match="no checkout of the paper's code"):
+        official.theirs(tmp_path, shine)
