@@ -637,12 +637,13 @@ class Unseen:
         return metrics
 
 
-def compile_layers(model, shine=None):
-    """torch.compile of the layers of the language model and of the M2P, when they first run."""
+def compile_layers(model, shine=None, dynamic=True):
+    """torch.compile of the layers of the language model and of the M2P, when they first run. dynamic: one compilation for all lengths; without,
+    one for each, which for a single shape is several times as quick (benchmarks/RUNS.md)."""
     torch._dynamo.config.recompile_limit = 32      # the layers of reading and answering, first, last and others, are all cases of one function
     for layer in [*model.model.layers, *(shine.m2p.transformer_layers if shine else ())]:
-        # one compilation for all lengths; with them torch 2.11 fails on a GPU in an analysis that is for fixed ones (an AssertionError in tiling_utils)
-        layer.compile(dynamic=True, options={"triton.coalesce_tiling_analysis": False})
+        # for dynamic lengths torch 2.11 fails on a GPU in an analysis that is for fixed ones (an AssertionError in tiling_utils)
+        layer.compile(dynamic=dynamic, options={"triton.coalesce_tiling_analysis": False})
 
 
 def one_pass(module, batch, total):

@@ -316,7 +316,7 @@ def kernels(size, device, dtype, top=20):
     if cuda:
         timed("CUDA graphs", Graphs(shine))
         optimizer.zero_grad(set_to_none=True)
-        compile_layers(shine.base, shine)
+        compile_layers(shine.base, shine, dynamic=False)
         timed("compiled")
         listed()
         timed("compiled, CUDA graphs", Graphs(shine))
