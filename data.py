@@ -427,6 +427,8 @@ class Frame:
         slots = {m[1] for m in SLOT.finditer(body)}
         if slots - set(self.slots):
             raise UserError(f"{where}: slot {min(slots - set(self.slots))} is not in the head of [{self.name}]")
+        if wrong := [m[0] for m in SLOT.finditer(body) if m[2] not in (None, "^", ".ed") and self.slots[m[1]] not in CAST]:
+            raise UserError(f"{where}: {wrong[0]}: only a person, a pet or a town has this form")
         if kind == "." and body:
             self.statements.append(body)
         elif kind == "?" and " = " in body:

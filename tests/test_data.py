@@ -122,11 +122,12 @@ def test_pronouns_first_person_and_articles():
     assert frame.facts == 1
 
 
-@pytest.mark.parametrize("line", ["[no slots", "[a.b] A=person", ". a line without a head", "[a.b] A=person\n> Why? = {A}", "[a.b] A=person\n: x y"])
-def test_bad_frames_are_named(tmp_path, line):
+@pytest.mark.parametrize("number, lines", [(1, "[no slots"), (2, "[a.b] A=person\n. {Z} is here."), (1, ". a line without a head"), (2, "[a.b] A=person\n> Why? = {A}"),
+                                           (2, "[a.b] A=person\n: x y"), (1, "[a.b] A=nolist"), (3, "[a.b] A=person\n: x = red | blue\n. {A} likes {x's} shade.")])
+def test_bad_frames_are_named(tmp_path, number, lines):
     (tmp_path / "words").mkdir(), (tmp_path / "frames").mkdir()
-    (tmp_path / "frames/x.txt").write_text(line + "\n. {Z} is here.\n")
-    with pytest.raises(UserError, match=r"x\.txt:\d"):
+    (tmp_path / "frames/x.txt").write_text(lines + "\n")
+    with pytest.raises(UserError, match=rf"x\.txt:{number}: "):
         load_assets(tmp_path)
 
 
