@@ -77,19 +77,31 @@ def groups():
 
 
 def training():
+    """The stages of the language model and of the hypernetwork, each one after the other: a line down where one begins."""
     stages = json.loads((RESULTS / "training.json").read_text())
-    figure, axes = plt.subplots(1, len(stages), figsize=(7.5, 2.8), sharey=True)
-    for axis, (stage, points) in zip(axes, stages.items()):
-        for condition, (label, color) in CONDITIONS.items():
-            found = [(p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]
-            if len(found) == 1:      # measured once, since the language model is frozen
-                axis.axhline(found[0][1], color=color, linestyle="--", label=label)
-            elif found:
-                axis.plot(*zip(*found), "o-", color=color, label=label, markersize=3)
-        axis.set_title(stage, fontsize=10)
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), sharey=True)
+    for axis, kind, title in zip(axes, ("base", "hypernetwork"), ("language model", "hypernetwork")):
+        began, labels = 0.0, {label for label, _ in CONDITIONS.values()}
+        for stage, points in stages.items():
+            name, _, what = stage.partition(", ")
+            if name != kind:
+                continue
+            end = began + points[-1]["samples"] / 1000
+            for condition, (label, color) in CONDITIONS.items():
+                found = [(began + p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]
+                if len(found) == 1:      # measured once, since the language model is frozen
+                    found = [(began, found[0][1]), (end, found[0][1])]
+                axis.plot(*zip(*found), "-" if len(found) == 2 else "o-", color=color, label=label if label in labels else None, markersize=3) if found else None
+                labels -= {label} if found else set()
+            if began:
+                axis.axvline(began, color=GREY, linestyle=":", linewidth=1)
+            axis.annotate(what, (began, 0), (3, 12), textcoords="offset points", fontsize=7, color=GREY, rotation=90, va="bottom")
+            began = end
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("thousand samples")
+        axis.set_ylim(0, 100)
     axes[0].set_ylabel("exact match, %")
-    axes[-1].legend(frameon=False, fontsize=7)
+    axes[-1].legend(frameon=False, fontsize=7, loc="center right")
     save(figure, "training.svg")
 
 
