@@ -521,6 +521,13 @@ class Source:
         self.by_cast = {"person": [f for f in self.frames if f.cast and f.slots[f.cast[0]] == "person"],
                         "other": [f for f in self.frames if not f.cast or f.slots[f.cast[0]] != "person"], "all": self.frames}
 
+    def scenes_named(self, beginnings):
+        """The scenes whose names begin so: "fh_,hm_"."""
+        beginnings = tuple(filter(None, beginnings.split(","))) or ("",)
+        if unknown := [b for b in beginnings if not any(f.name.startswith(b) for f in self.scenes)]:
+            raise UserError(f"no scene of assets/scenes begins with {unknown[0]!r}")
+        return [f for f in self.scenes if f.name.startswith(beginnings)]
+
     def phrasings(self, lines, key=lambda line: line, scene=False):
         """The lines of this split: in training none that is held out, as long as three others are left. Scenes are for training, whole."""
         if scene:
@@ -1181,7 +1188,7 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, mined_share=0.0, scene_share=0.0):
+                 conversations=1, mined_share=0.0, scene_share=0.0, skip_scenes=""):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -1189,6 +1196,11 @@ class Examples:
         self.question_share = question_share      # share of question examples in the pretrain stage
         self.source, self.max_facts = Source(split, max_facts), max_facts
         self.source.scene_share = scene_share      # share of generated texts that are one scene
+        if skip_scenes:                            # beginnings of names: left out, to test on them
+            skipped = self.source.scenes_named(skip_scenes)
+            self.source.scenes = [f for f in self.source.scenes if f not in skipped]
+            if not self.source.scenes:
+                raise UserError(f"{skip_scenes!r} leaves no scene to train on: take --scene-share 0 instead")
         if wild_share:
             self.source.let_wild(tokenizer, wild_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage

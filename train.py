@@ -391,6 +391,7 @@ def parse(argv):
     add("--question-share", type=float, help="share of question examples in the stages pretrain (default 0) and gist (0.6)")
     add("--rival-share", type=float, help="share (default 0.25) of generated texts that say mostly one thing of several people")
     add("--scene-share", type=float, help="share (default 0.25) of generated texts that are one scene of assets/scenes")
+    add("--skip-scenes", default="", metavar="BEGINNINGS", help="scenes to leave out, by how their names begin (fh_,hm_), to test on them: benchmarks.quality --scenes")
     add("--mined-share", type=float, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
     add("--recall-share", type=float, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
     add("--conversations", type=positive(int), help="question examples: so many conversations about one text, as far as they fit (default 1; stage gist 4)")
@@ -710,11 +711,11 @@ class Run:
             args.model = str(self.out)
             args.base = args.base or read_json(self.out / "state.json").get("args", {}).get("base")
         self.module, self.model, self.tokenizer, self.shine = build(args, self.device, dtype, texts)
-        self.log = open_log(args, self.out) if self.rank == 0 else None
         self.examples = Examples(args.stage, self.tokenizer, args.context_length, args.conversation_length, texts, records, args.seed, args.max_facts,
                                  **{name: getattr(args, name) for name in (
                                      "text_share", "record_share", "question_share", "curriculum", "copy_share", "plain_share", "wild_share", "packing",
-                                     "random_share", "recall_share", "rival_share", "conversations", "mined_share", "scene_share")})
+                                     "random_share", "recall_share", "rival_share", "conversations", "mined_share", "scene_share", "skip_scenes")})
+        self.log = open_log(args, self.out) if self.rank == 0 else None
         self.unseen = Unseen(args, self.tokenizer)
         self.optimizers, self.clips = make_optimizers(self.module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
         self.state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}

@@ -258,7 +258,7 @@ def parse(argv):
     add("--generate", type=positive(int), metavar="N", help="N held-out generated texts instead")
     add("--split", choices=("heldout", "train"), default="heldout", help="with --generate: words never used in training, or those used")
     add("--scenes", nargs="?", const="", metavar="PREFIX", help="with --generate: scenes of assets/scenes, all or those whose names begin so, filled with such words: how well "
-        "what training has met is learnt, no evaluation set")
+        "what training has met is learnt, and an evaluation of weights that have not met them (train.py --skip-scenes)")
     add("--turns", type=positive(int), help="with --generate: questions on each text (default: 1 to 8)")
     add("--facts", type=positive(int), help="with --generate: facts in each text (default: 1 to 8)")
     add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept; with "
@@ -284,9 +284,7 @@ def texts(args):
         return records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
     source = Source(args.split)
     if args.scenes is not None:
-        source.scene_share, source.scenes = 1.0, [f for f in source.scenes if f.name.startswith(tuple(args.scenes.split(",")))]
-        if not source.scenes:
-            raise UserError(f"--scenes {args.scenes}: no scene of assets/scenes begins so")
+        source.scene_share, source.scenes = 1.0, source.scenes_named(args.scenes)
     return [source.sample(random.Random(args.seed * 10**6 + i), args.facts, args.turns, OTHERS if args.baselines else ()) for i in range(args.generate)]
 
 

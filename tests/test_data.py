@@ -319,6 +319,16 @@ def test_rivals_say_one_thing_of_several_people(tokenizer, monkeypatch):
     assert repeats(1.0) > 1.3 * repeats(0.0)
 
 
+def test_scenes_left_out_are_not_trained_on(tokenizer):
+    all_scenes = Source().scenes
+    examples = Examples("finetune", tokenizer, scene_share=1.0, skip_scenes="fh_,hm_")
+    assert [f for f in all_scenes if not f.name.startswith(("fh_", "hm_"))] == examples.source.scenes and len(examples.source.scenes) < len(all_scenes) - 90
+    with pytest.raises(UserError, match="no scene of assets/scenes begins with 'zz_'"):
+        Examples("finetune", tokenizer, skip_scenes="fh_,zz_")
+    with pytest.raises(UserError, match="leaves no scene"):
+        Examples("finetune", tokenizer, skip_scenes=",".join(f.name for f in all_scenes))
+
+
 def test_scenes():
     """What a scene's questions ask stands in its text, or the answer is that it does not say; no value of its own lists is held out."""
     source, rng = Source(), random.Random(0)
