@@ -88,11 +88,13 @@ def training():
                 continue
             end = began + points[-1]["samples"] / 1000
             for condition, (label, color) in CONDITIONS.items():
-                found = [(began + p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]
+                if not (found := [(began + p["samples"] / 1000, 100 * p[condition]["em"]) for p in points if condition in p]):
+                    continue
+                style = "o-"
                 if len(found) == 1:      # measured once, since the language model is frozen
-                    found = [(began, found[0][1]), (end, found[0][1])]
-                axis.plot(*zip(*found), "-" if len(found) == 2 else "o-", color=color, label=label if label in labels else None, markersize=3) if found else None
-                labels -= {label} if found else set()
+                    style, found = "-", [(began, found[0][1]), (end, found[0][1])]
+                axis.plot(*zip(*found), style, color=color, label=label if label in labels else None, markersize=3)
+                labels.discard(label)
             if began:
                 axis.axvline(began, color=GREY, linestyle=":", linewidth=1)
             axis.annotate(what, (began, 0), (3, 12), textcoords="offset points", fontsize=7, color=GREY, rotation=90, va="bottom")
@@ -215,7 +217,7 @@ def whole(lines):
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN")
+    parser.add_argument("--log", nargs="*", default=[], metavar="NAME=RUN", help="all stages to show, in order; NAME alone: as the result has it already")
     parser.add_argument("--to", metavar="RESULT", default="training", help="which of the results the logs are: training, gist, answer_rank/training, small/from_nothing ...")
     if (args := parser.parse_args()).log:
         keep(args.log, args.to, whole if args.to.endswith("from_nothing") else evaluations)

@@ -17,8 +17,8 @@ CONDITIONS = ("shine", "in-context", "question")
 MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the first is the one that shine.py takes
 SETS = {"strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
         "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {lengths} tokens)",
-        "squad_dev": "SQuAD (XQuAD English) dev"}
-SHORT = {"strangers": "strangers dev", "strangers_test": "strangers test", "babi_dev": "bAbI", "fairytaleqa": "FairytaleQA", "squad_dev": "SQuAD"}
+        "squad_dev": "SQuAD (XQuAD English) dev", "new_scenes": "scenes these weights have not met, 150 texts"}
+SHORT = {"strangers": "strangers dev", "strangers_test": "strangers test", "babi_dev": "bAbI", "fairytaleqa": "FairytaleQA", "squad_dev": "SQuAD", "new_scenes": "scenes"}
 
 
 def read(name):
