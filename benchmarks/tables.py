@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed results: python -m benchmarks.tables
+"""Write the tables of both READMEs from the committed results: python -m benchmarks.tables
 
-What stands between <!-- table: NAME --> and <!-- end --> in README.md is made here, by the function NAME; `tests/test_quality.py`
-compares. Numbers are exact match in percent, mean (95 % interval), unless a column says otherwise.
+What stands between <!-- table: NAME --> and <!-- end --> in README.md and benchmarks/README.md is made here, by the function NAME;
+`tests/test_quality.py` compares. Numbers are exact match in percent, mean (95 % interval), unless a column says otherwise.
 """
 import json
 import re
@@ -13,6 +13,7 @@ from model import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+PAGES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 CONDITIONS = ("shine", "in-context", "question")
 MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the first is the one that shine.py takes
 SETS = {"strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
@@ -233,12 +234,12 @@ def gist():
 
 
 def fill(text):
-    """README text -> the same with every table made anew."""
+    """The text of a page -> the same with every table made anew."""
     make = lambda m: f"<!-- table: {m[1]} -->\n{globals()[m[1]]()}\n<!-- end -->"
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", make, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    filled = fill(readme.read_text(encoding="utf-8"))
-    write_file(readme, lambda p: p.write_text(filled, encoding="utf-8"))
+    for page in PAGES:
+        filled = fill(page.read_text(encoding="utf-8"))
+        write_file(page, lambda p: p.write_text(filled, encoding="utf-8"))

@@ -1,5 +1,6 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -122,12 +123,27 @@ def test_scenes_of_some_names_are_scored(shine, tmp_path):
         quality.main([*run, "--scenes", "ru_,zz_"])
 
 
-def test_tables_of_the_readme_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page, line", list(zip(tables.PAGES, ("| generated texts of 1 to 9 facts, all | ", "| 10 to 24 | "))))
+def test_tables_of_a_page_are_those_of_the_results(page, line):
+    text = page.read_text(encoding="utf-8")
     assert text.count("<!-- table: ") == text.count("<!-- end -->") >= 2
     assert tables.fill(text) == text, "python -m benchmarks.tables"
-    wrong = text.replace("| generated texts of 1 to 9 facts, all | 1", "| generated texts of 1 to 9 facts, all | 9")
+    wrong = text.replace(line, line + "9")
     assert wrong != text and tables.fill(wrong) == text
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert len(links) > 5
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
 def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine, monkeypatch):
