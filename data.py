@@ -398,7 +398,7 @@ def read_lines(path):
 
 SLOT = re.compile(r"\{(\w)('s|\.\w+|\^)?\}")
 OWNED = re.compile(r"(\w+(?: old)? \w+) (\{\w's\} [^{}]+?)( called)?\?")       # "What is {A's} sister called?": may be asked "And her sister?"
-CAST = {"person", "pet", "town"}
+CAST = {"person": 4, "pet": 2, "town": 2}      # how many of them a text has at most: see Source.make_cast
 CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because|since|before|after|as|if|though|although|so|or|until|is|was|does|did|has|can|will))\s*$", re.I)
 
 
@@ -413,6 +413,8 @@ class Frame:
         self.slots = dict(pair.split("=") for pair in match[2].split())
         self.cast = [s for s, t in self.slots.items() if t in CAST]
         self.values = [s for s, t in self.slots.items() if t not in CAST]
+        if many := [t for t, count in Counter(self.slots[s] for s in self.cast).items() if count > CAST[t]]:
+            raise UserError(f"{where}: [{self.name}] has more than {CAST[many[0]]} slots of type {many[0]}, which is all that a text has")
         self.facts = max(1, sum(not t.startswith("act_") for t in self.slots.values()) - 1)      # values tied to a subject, no verbs
         self.scene = scene
         self.statements, self.questions, self.checks = [], [], []     # [line], [(line, answer, [(follow-up, answer)])], [line]
@@ -594,7 +596,7 @@ class Source:
         for slot in frame.cast:
             free = [c for c in cast[frame.slots[slot]] if c not in values.values()
                     and not (c.gender == "I" and slot != frame.cast[0])]
-            if not free and frame.slots[slot] == "person" and len(cast["person"]) < 4:
+            if not free and frame.slots[slot] == "person" and len(cast["person"]) < CAST["person"]:
                 gender = rng.choice("fm")
                 free = [Character("person", self.fresh({"f": "names_female", "m": "names_male"}[gender], rng, used), gender)]
                 cast["person"] += free
