@@ -446,6 +446,12 @@ class Frame:
                             f"'- question' or ': slot = value | value', not {line!r}")
 
 
+def unknown_list(value, words):
+    """The name of a {list} inside a value that is neither one of the word lists nor a range of numbers, or None."""
+    names = (name[0].lower() + name[1:] for name in re.findall(r"\{([\w-]+)\}", value))
+    return next((name for name in names if name not in words and not re.fullmatch(r"\d+-\d+", name)), None)
+
+
 @lru_cache(maxsize=None)
 def load_assets(folder=ASSETS):
     """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named."""
@@ -463,6 +469,8 @@ def load_assets(folder=ASSETS):
                 if not frames:
                     raise UserError(f"{where}: a line before the first [head]")
                 frames[-1].add(line, where)
+                if line.startswith(": ") and (name := unknown_list(line, words)):
+                    raise UserError(f"{where}: there is no word list {name}.txt; a value holds {{list}} or {{1-9}}, no slot")
     bare = lambda value: re.sub("^(an?|the) ", "", value.lower())
     unseen = {bare(line) for lines in words.values() if open_class(lines) for line in lines if held_out(line)}
     for frame in frames:      # a scene's own lists are for training: without what is held out

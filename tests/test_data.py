@@ -124,7 +124,7 @@ def test_pronouns_first_person_and_articles():
 
 @pytest.mark.parametrize("number, lines", [(1, "[no slots"), (2, "[a.b] A=person\n. {Z} is here."), (1, ". a line without a head"), (2, "[a.b] A=person\n> Why? = {A}"),
                                            (2, "[a.b] A=person\n: x y"), (1, "[a.b] A=nolist"), (3, "[a.b] A=person\n: x = red | blue\n. {A} likes {x's} shade."),
-                                           (1, "[a.b] A=town B=town C=town")])
+                                           (1, "[a.b] A=town B=town C=town"), (2, "[a.b] A=person\n: x = red | {A}'s colour")])
 def test_bad_frames_are_named(tmp_path, number, lines):
     (tmp_path / "words").mkdir(), (tmp_path / "frames").mkdir()
     (tmp_path / "frames/x.txt").write_text(lines + "\n")
