@@ -522,6 +522,7 @@ class Source:
         assert split in ("train", "heldout"), split
         words, frames = load_assets(folder)
         self.scenes, self.scene_share = [f for f in frames if f.scene], 0.0      # share of texts that are a scene, not single facts
+        self.company_share = 0.0                  # share of the scenes that stand among single facts about others
         self.frames = [f for f in frames if not f.scene for _ in range(3 if f.topic.startswith("act") else 1)]       # the general ones more often
         self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
@@ -733,6 +734,13 @@ class Source:
                     facts.append(fact)
                 elif same and rng.random() < 0.5:
                     pool = self.frames
+            if facts and facts[0].frame.scene and self.company_share and rng.random() < self.company_share:
+                company = self.make_cast(rng, used)
+                company["person"] = [c for c in company["person"] if c.gender != "I"]
+                for _ in range(rng.randint(1, 3)):
+                    fact = self.make_fact(rng.choice(self.by_cast["person"]), company, rng, used, taken)
+                    facts += [fact] if fact else []
+                cast = {kind: cast[kind] + company[kind] for kind in cast}
             rng.shuffle(facts)
             items = self.questions(facts, rng)
             if items:
@@ -758,7 +766,7 @@ class Source:
             elif 0.08 <= dice < 0.11:
                 kind, item = "small talk", None
                 question, answer = rng.choice(small_talk())
-            elif 0.11 <= dice < 0.13 and any(f.hero for f in facts):
+            elif 0.11 <= dice < 0.13 and any(f.hero for f in facts) and not any(f.frame.scene for f in facts):
                 kind, item = "about", None
                 names = list(dict.fromkeys(f.hero.forms["answer"] for f in facts if f.hero))
                 question = rng.choice(("Who or what is the text about?", "What is the text about?", "What is it about?"))
@@ -1198,14 +1206,14 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, mined_share=0.0, scene_share=0.0, skip_scenes=""):
+                 conversations=1, mined_share=0.0, scene_share=0.0, company_share=0.0, skip_scenes=""):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
         self.text_share, self.record_share = text_share if texts else 0, record_share if records else 0
         self.question_share = question_share      # share of question examples in the pretrain stage
         self.source, self.max_facts = Source(split, max_facts), max_facts
-        self.source.scene_share = scene_share      # share of generated texts that are one scene
+        self.source.scene_share, self.source.company_share = scene_share, company_share
         if skip_scenes:                            # beginnings of names: left out, to test on them
             skipped = self.source.scenes_named(skip_scenes)
             self.source.scenes = [f for f in self.source.scenes if f not in skipped]

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -354,6 +355,23 @@ def test_scenes():
         for _, answer, _, check, _ in source.questions([fact], rng):
             asked, missing = asked + 1, missing + (not check and bool(set(re.findall(r"\w+", answer.lower())) - words - small))
         assert asked > 1 and not missing, (frame.name, fact.statement)
+
+
+def test_a_scene_in_company():
+    """Single facts stand before or behind the scene, about people it does not name; questions go to either, and nobody asks whom all of it is about."""
+    source, kept, asked = Source(), [], Counter()
+    source.scene_share = source.company_share = 1.0
+    tell = source.text
+    source.text = lambda facts, rng: kept.append(facts) or tell(facts, rng)
+    people = lambda fact: {value.name for value in fact.values.values() if isinstance(value, data.Character)}
+    for i in range(60):
+        sample = source.sample(random.Random(i), n_turns=8)
+        (scene,), others = ([f for f in kept[-1] if f.frame.scene == kind] for kind in (True, False))
+        assert 1 <= len(others) <= 3 and not any(people(scene) & people(fact) for fact in others) and "about" not in sample["meta"]["turns"]
+        answers = {turn["content"] for turn in sample["conversations"][1::2]}
+        asked["scene"] += bool(answers & {str(v) for v in scene.values.values()})
+        asked["others"] += bool(answers & {str(v) for fact in others for v in fact.values.values()})
+    assert min(asked.values()) > 10 and len({facts[0].frame.scene for facts in kept}) == 2, asked      # before it, too
 
 
 def test_follow_ups_stand_behind_their_question(tmp_path):
