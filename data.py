@@ -801,7 +801,7 @@ def choose(line, rng):
 
 def mend(text, sentence=True):
     """a -> an before a vowel; capitals at the start of sentences."""
-    text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|use|usu|eu|Eu|one\b|once|Uni|ukulele|ute)", r"\1n ", text)
+    text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|use|usu|eu|Eu|ewe|one\b|once|Uni|ukulele|ute)", r"\1n ", text)
     text = re.sub(r"\b([Aa]) (?=hour|honest|heir)", r"\1n ", text)
     return re.sub(r"(^|[.!?:]\s+|\n)([a-z])", lambda m: m[1] + m[2].upper() if m[1][:1] != ":" else m[0], text) if sentence else text
 

@@ -119,7 +119,7 @@ def test_pronouns_first_person_and_articles():
     assert source.fill("{A} has/have a {t}. {A.he} likes/like {A.his} {t}.", values) == "Mara has an umbrella. She likes her umbrella."
     assert source.fill("{A} has/have a {t}. {A's} friend knows {A.o}.", me) == "I have a hat. My friend knows me."
     assert source.fill("{A}", me, answer=True) == "you" and source.fill("{A} has/have it.", values, values["A"]) == "She has it."
-    assert mend("a hour, a unicorn, a old cap. it is") == "An hour, a unicorn, an old cap. It is"
+    assert mend("a hour, a unicorn, a ewe, a old cap. it is") == "An hour, a unicorn, a ewe, an old cap. It is"
     assert frame.facts == 1
 
 
