@@ -426,11 +426,11 @@ class Frame:
             self.slots[match[1]] = tuple(value.strip() for value in match[2].split(" | "))
             self.values.append(match[1])
             return
-        slots = {m[1] for m in SLOT.finditer(body)}
-        if slots - set(self.slots):
-            raise UserError(f"{where}: slot {min(slots - set(self.slots))} is not in the head of [{self.name}]")
-        if wrong := [m[0] for m in SLOT.finditer(body) if m[2] not in (None, "^", ".ed") and self.slots[m[1]] not in CAST]:
-            raise UserError(f"{where}: {wrong[0]}: only a person, a pet or a town has this form")
+        for slot, form in SLOT.findall(body):
+            if slot not in self.slots:
+                raise UserError(f"{where}: slot {slot} is not in the head of [{self.name}]")
+            if form not in ("", "^", ".ed") and self.slots[slot] not in CAST:
+                raise UserError(f"{where}: {{{slot}{form}}}: only a person, a pet or a town has this form")
         if kind == "." and body:
             self.statements.append(body)
         elif kind == "?" and " = " in body:
@@ -471,7 +471,8 @@ def load_assets(folder=ASSETS):
                 frames[-1].add(line, where)
                 if line.startswith(": ") and (name := unknown_list(line, words)):
                     raise UserError(f"{where}: there is no word list {name}.txt; a value holds {{list}} or {{1-9}}, no slot")
-    bare = lambda value: re.sub("^(an?|the) ", "", value.lower())
+    article = re.compile("^(an?|the) ")
+    bare = lambda value: article.sub("", value.lower())
     unseen = {bare(line) for lines in words.values() if open_class(lines) for line in lines if held_out(line)}
     for frame in frames:      # a scene's own lists are for training: without what is held out
         own = {slot: tuple(v for v in values if bare(v) not in unseen) for slot, values in frame.slots.items() if isinstance(values, tuple)}
