@@ -735,7 +735,7 @@ class Source:
                     facts.append(fact)
                 elif same and rng.random() < 0.5:
                     pool = self.frames
-            if facts and facts[0].frame.scene and self.company_share and rng.random() < self.company_share:
+            if facts and facts[0].frame.scene and self.company_share and rng.random() < self.company_share:      # before or behind it facts about others
                 company = self.make_cast(rng, used)
                 company["person"] = [c for c in company["person"] if c.gender != "I"]
                 for _ in range(rng.randint(1, 3)):
