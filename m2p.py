@@ -1,10 +1,10 @@
 """The M2P Transformer (Memory-to-Parameter): memory states (B, L, M, H) -> LoRA parameters.  (paper, section 4)
 
-         M memory tokens                       numbers       preset tiny, r = 4       Qwen3-8B, r = 8
-       +-----------------+                     L             6                        36
-     L | .  .  .  .  .   |                     H             192                      4096
-       | .  .  x  .  .   |  each . is a        M             72                       148
-       | .  .  .  .  .   |  vector of H        P = M * H     13824                    606208
+         M memory tokens                       numbers       checkpoints/small, r = 72, B of down_proj       Qwen3-8B, r = 8
+       +-----------------+                     L             10                                              36
+     L | .  .  .  .  .   |                     H             384                                             4096
+       | .  .  x  .  .   |  each . is a        M             72                                              148
+       | .  .  .  .  .   |  vector of H        P = M * H     27648                                           606208
        +-----------------+
      layers 0, 2, ..: x attends over its column (the L axis: information moves between depths)
      layers 1, 3, ..: x attends over its row    (the M axis: between the memory tokens of one depth)

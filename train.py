@@ -809,9 +809,9 @@ class Run:
     def tell(self, loss, norms, lr, tokens, seconds, progress):
         """Print and log a step, which took so many seconds."""
         state = self.state
-        left = (1 - progress) * state["seconds"] / progress / 60 if progress else float("nan")
+        left = f"  {(1 - progress) * state['seconds'] / progress / 60:.1f} min left" if progress else ""
         self.say(f"step {state['step']:5d}  loss {loss:.4f}  lr {lr:.2e}  norm " + "/".join(f"{n:.2f}" for n in norms)
-                 + f"  {tokens / seconds:,.0f} tok/s  {state['samples']:,} samples  {left:.1f} min left")
+                 + f"  {tokens / seconds:,.0f} tok/s  {state['samples']:,} samples{left}")
         self.log_line(step=state["step"], loss=round(loss, 6) if math.isfinite(loss) else None, lr=lr, tokens=tokens, samples=state["samples"],
                       seconds=round(state["seconds"], 2), waited=round(state["waited"], 3), norms={k: round(n, 4) for k, n in zip(self.clips, norms)})
 

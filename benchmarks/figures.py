@@ -18,10 +18,14 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
-import matplotlib
-
+try:
+    import matplotlib
+except ImportError:
+    print("error: the figures need matplotlib: pip install -r benchmarks/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 matplotlib.use("svg")
 import matplotlib.pyplot as plt      # noqa: E402
 

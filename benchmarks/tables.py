@@ -3,12 +3,14 @@
 What stands between <!-- table: NAME --> and <!-- end --> in README.md and benchmarks/README.md is made here, by the function NAME;
 `tests/test_quality.py` compares. Numbers are exact match in percent, mean (95 % interval), unless a column says otherwise.
 """
+import argparse
 import json
 import re
 from pathlib import Path
 
 from benchmarks import scaling as study
 from benchmarks.where import WRITERS
+from data import Parser
 from model import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,6 +242,7 @@ def fill(text):
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         filled = fill(page.read_text(encoding="utf-8"))
         write_file(page, lambda p: p.write_text(filled, encoding="utf-8"))
