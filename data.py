@@ -454,14 +454,15 @@ def unknown_list(value, words):
 
 @lru_cache(maxsize=None)
 def load_assets(folder=ASSETS):
-    """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named."""
+    """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named. Half a second, once: say ASSETS, which the cache tells from nothing."""
     words = {p.stem: read_lines(p) for p in sorted((folder / "words").glob("*.txt"))}
     frames = []
     for path in sorted((folder / "frames").glob("*.txt")) + sorted((folder / "scenes").glob("*.txt")):
+        file, scene = path.name, path.parent.name == "scenes"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            where, line = f"{path.name}:{number}", line.strip()
+            where, line = f"{file}:{number}", line.strip()
             if line.startswith("["):
-                frames.append(Frame(line, where, path.parent.name == "scenes"))
+                frames.append(Frame(line, where, scene))
                 unknown = {t for t in frames[-1].slots.values() if t not in CAST and t not in words}
                 if unknown:
                     raise UserError(f"{where}: there is no word list {min(unknown)}.txt")
@@ -563,7 +564,7 @@ class Source:
         """Draw a share of the values from the tokenizer instead of their list, half of them whole words, half words put together
         from two to four tokens: what a value is then says nothing about the word it is, and the hypernetwork must copy tokens that it
         never met in that place or in that order. Held-out words stay out."""
-        spared = {w for kind, lines in load_assets()[0].items() if open_class(lines) for line in lines if held_out(line) for w in line.lower().split()}
+        spared = {w for kind, lines in load_assets(ASSETS)[0].items() if open_class(lines) for line in lines if held_out(line) for w in line.lower().split()}
         words, self.wild_share = [token.decode("utf-8", "replace") for token in tokenizer.ranks], share
         self.wild = sorted({w[1:].lower() for w in words if re.fullmatch("[ ][A-Za-z][a-z]{2,}", w)} - spared)
         self.wild_parts, self.spared = sorted(w for w in words if re.fullmatch("[a-z]{2,}", w)), spared
@@ -578,7 +579,7 @@ class Source:
     def fresh(self, kind, rng, used):
         for _ in range(20):
             value = self.value(kind, rng)
-            if self.wild and isinstance(kind, str) and open_class(load_assets()[0][kind]) and rng.random() < self.wild_share:
+            if self.wild and isinstance(kind, str) and open_class(load_assets(ASSETS)[0][kind]) and rng.random() < self.wild_share:
                 word = self.wild_word(rng)
                 value = word[:1].upper() + word[1:] if value[:1].isupper() else word
             if value.lower() not in used:

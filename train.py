@@ -268,7 +268,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, d
 
 def make_tokenizer(texts, vocab_size, seed=0):
     """BPE over generated texts with their questions, the special values of the word lists, and a part of the plain text."""
-    source, rng, every = Source(), random.Random(seed), load_assets()[0]
+    source, rng, every = Source(), random.Random(seed), load_assets(ASSETS)[0]
     samples = [source.sample(rng) for _ in range(5 * vocab_size // 2)]
     lines = [" " + s["context"] + "".join(" " + t["content"] for t in s["conversations"]) for s in samples]
     words = [" " + w for kind in every.values() for w in kind if "{" not in w]
