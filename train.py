@@ -46,7 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
+from data import (ASSETS, Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   train_bpe)
 from m2p import AXES
 from model import (PRESETS, QWEN3, Config, LanguageModel, Recorded, UserError, pick_device, read_header, read_json, weight_files, write_file,
