@@ -453,8 +453,8 @@ def unknown_list(value, words):
 
 
 @lru_cache(maxsize=None)
-def load_assets(folder=ASSETS):
-    """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named. Half a second, once: say ASSETS, which the cache tells from nothing."""
+def load_assets(folder):
+    """-> ({type: [value]}, [Frame] of facts and scenes); a bad line is named."""
     words = {p.stem: read_lines(p) for p in sorted((folder / "words").glob("*.txt"))}
     frames = []
     for path in sorted((folder / "frames").glob("*.txt")) + sorted((folder / "scenes").glob("*.txt")):

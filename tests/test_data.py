@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import data
-from data import (SPECIAL, Examples, Frame, Source, Tokenizer, batches, collate, completion, held_out, load_assets, mend,
+from data import (ASSETS, SPECIAL, Examples, Frame, Source, Tokenizer, batches, collate, completion, held_out, load_assets, mend,
                   read_conversations, read_texts, reconstruction, render, small_talk, train_bpe)
 from model import UserError
 
@@ -62,7 +62,7 @@ def test_reconstruction_and_completion_are_those_of_the_paper(tokenizer):
 
 
 def test_assets_are_broad_and_sound():
-    words, frames = load_assets()
+    words, frames = load_assets(ASSETS)
     assert sum(not f.scene for f in frames) >= 150 and sum(f.scene for f in frames) >= 150 and sum(len(v) for v in words.values()) > 5000
     for kind, lines in words.items():
         assert lines, kind
@@ -135,7 +135,7 @@ def test_bad_frames_are_named(tmp_path, number, lines):
 
 def test_verbs_have_two_forms_and_serve_both_splits():
     source = Source("heldout")
-    assert source.words["act_thing"] == load_assets()[0]["act_thing"] and all("|" in v for v in source.words["act_thing"])
+    assert source.words["act_thing"] == load_assets(ASSETS)[0]["act_thing"] and all("|" in v for v in source.words["act_thing"])
     values = {"A": data.Character("person", "Mara", "f"), "v": "bring|brought"}
     assert source.fill("{A} {v.ed} it. What did {A} {v}?", values) == "Mara brought it. What did Mara bring?"
     assert Frame("[x.y] A=person v=act_thing t=thing p=place", "here").facts == 2                 # a verb is no value
@@ -345,7 +345,7 @@ def test_scenes():
             assert (kind == "unknown") == (answer["content"] == data.UNKNOWN)
             unsaid += kind == "unknown"
     assert unsaid > 100 and not Source("heldout").scene_share and not any(f.scene for f in source.frames)
-    unseen = {w.lower() for lines in load_assets()[0].values() if data.open_class(lines) for w in lines if held_out(w)}
+    unseen = {w.lower() for lines in load_assets(ASSETS)[0].values() if data.open_class(lines) for w in lines if held_out(w)}
     assert not unseen & {v.lower() for f in source.scenes for values in f.slots.values() if isinstance(values, tuple) for v in values}
     small = set("a an the to of in on at by for and it was were is are you your he she his her they their with no yes because".split())
     for frame in source.scenes:      # every answer in full, but for a pronoun or an article
@@ -359,15 +359,17 @@ def test_scenes():
 
 def test_a_scene_in_company():
     """Single facts stand before or behind the scene, about people it does not name; questions go to either, and nobody asks whom all of it is about."""
-    source, kept, asked = Source(), [], Counter()
+    source, kept, casts, asked = Source(), [], [], Counter()
     source.scene_share = source.company_share = 1.0
-    tell = source.text
+    tell, converse = source.text, source.converse
     source.text = lambda facts, rng: kept.append(facts) or tell(facts, rng)
+    source.converse = lambda facts, items, rng, cast, *rest: casts.append(cast) or converse(facts, items, rng, cast, *rest)
     people = lambda fact: {value.name for value in fact.values.values() if isinstance(value, data.Character)}
     for i in range(60):
         sample = source.sample(random.Random(i), n_turns=8)
         (scene,), others = ([f for f in kept[-1] if f.frame.scene == kind] for kind in (True, False))
         assert 1 <= len(others) <= 3 and not any(people(scene) & people(fact) for fact in others) and "about" not in sample["meta"]["turns"]
+        assert set().union(*map(people, kept[-1])) <= {c.name for cast in casts[-1].values() for c in cast}      # whom "she" may mean
         answers = {turn["content"] for turn in sample["conversations"][1::2]}
         asked["scene"] += bool(answers & {str(v) for v in scene.values.values()})
         asked["others"] += bool(answers & {str(v) for fact in others for v in fact.values.values()})
