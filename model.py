@@ -325,6 +325,56 @@ class MemoryCache:
         return k, v
 
 
+class BlockAttention(torch.autograd.Function):
+    """Causal attention on a CPU, forward and back by hand: a block of queries at a time, with the keys up to its last query alone, so
+    that in long rows half of the scores are never computed. The probabilities are kept for the way back, about T^2 / 2 a head.
+
+    q (B, heads, T, D), scaled, stand at the last T of the positions of k, v (B, kv heads, keys, D); heads that share keys are rows of
+    one product. bias (B or 1, 1, T, keys) is added to the scores and lets no query see what is behind it; None: it sees all
+    before it. -> y (B, T, heads, D).
+    With P = softmax(q k^T):  dv = P^T dy,  dS = P (dP - sum of P dP over the keys) with dP = dy v^T,  dq = dS k,  dk = dS^T q.
+    """
+    BLOCK = 128         # queries
+    LONGEST = 2048      # keys; for more of them the kernel, which keeps no probabilities
+
+    @staticmethod
+    def blocks(T, keys):
+        """[(first query, behind the last, how many keys the last one sees)]"""
+        ends = [min(start + BlockAttention.BLOCK, T) for start in range(0, T, BlockAttention.BLOCK)]
+        return list(zip([0] + ends, ends, [keys - T + end for end in ends]))
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        (B, heads, T, D), (kv, keys) = q.shape, k.shape[1:3]
+        k, v = k.reshape(B * kv, keys, D), v.reshape(B * kv, keys, D)
+        ahead = torch.full((BlockAttention.BLOCK,) * 2, float("-inf"), dtype=q.dtype).triu(1) if bias is None else None
+        y, kept = q.new_empty(B, T, heads, D), []
+        for a, b, seen in BlockAttention.blocks(T, keys):
+            scores = q[:, :, a:b].reshape(B * kv, -1, D) @ k[:, :seen].mT
+            if bias is None:
+                scores.view(-1, b - a, seen)[..., seen - b + a:] += ahead[:b - a, :b - a]
+            else:
+                scores.view(B, heads, b - a, seen).add_(bias[:, :, a:b, :seen])
+            P = torch.softmax(scores, -1)
+            y[:, a:b] = (P @ v[:, :seen]).view(B, heads, b - a, D).transpose(1, 2)
+            kept += [P] if any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(q, k, v, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        (B, heads, T, D), (rows, keys, _) = q.shape, k.shape
+        dq, dk, dv, grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), grad.transpose(1, 2)
+        for (a, b, seen), P in zip(BlockAttention.blocks(T, keys), kept):
+            part, dy = (t[:, :, a:b].reshape(rows, -1, D) for t in (q, grad))
+            dS = torch._softmax_backward_data(dy @ v[:, :seen].mT, P, -1, P.dtype)
+            dq[:, :, a:b] = (dS @ k[:, :seen]).view(B, heads, b - a, D)
+            dv[:, :seen].baddbmm_(P.mT, dy)
+            dk[:, :seen].baddbmm_(dS.mT, part)
+        return dq, dk.view(B, -1, keys, D), dv.view(B, -1, keys, D), None
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -348,22 +398,19 @@ class Attention(nn.Module):
             k, v = cache.store(layer, k, v)
         if bias is not None:
             bias = bias[:, :, -last:]
-        elif 1 < last < T:
-            bias = torch.full((last, T), float("-inf"), dtype=x.dtype, device=x.device).triu(T - last + 1)
         T, keys = q.shape[2], k.shape[2]
-        by_hand = x.device.type == "cpu" and T > 1 and (bias is not None or x.dtype == torch.bfloat16 and keys < 512)
-        if T == 1 or by_hand:                                                    # heads that share keys: rows of one product
-            q = q.reshape(B, -1, groups * T, D)
-        elif bias is not None and groups > 1:                                    # no masked kernel shares keys between heads
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if by_hand:                                                              # up to twice as fast as the kernels of a CPU
-            bias = torch.full((T, T), float("-inf"), dtype=x.dtype).triu(1) if bias is None else bias
-            scores = (q * D ** -0.5 @ k.mT).view(B, -1, groups, T, keys) + bias[..., None, :, :]
-            y = torch.softmax(scores, -1).flatten(2, 3) @ v
+        if x.device.type == "cpu" and T > 1 and (bias is not None or x.dtype == torch.bfloat16 and keys <= BlockAttention.LONGEST):
+            y = BlockAttention.apply(q * D ** -0.5, k, v, bias)
         else:
+            if bias is None and 1 < T < keys:
+                bias = torch.full((T, keys), float("-inf"), dtype=x.dtype, device=x.device).triu(keys - T + 1)
+            if T == 1:                                                           # heads that share keys: rows of one product
+                q = q.reshape(B, -1, groups, D)
+            elif bias is not None and groups > 1:                                # no masked kernel shares keys between heads
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=q.shape[1] > k.shape[1])
-        y = y.reshape(B, heads, T, D).transpose(1, 2).reshape(B, T, heads * D)
-        return linear(y, self.o_proj.weight, lora.get("self_attn.o_proj"))
+            y = y.reshape(B, heads, T, D).transpose(1, 2)
+        return linear(y.reshape(B, T, heads * D), self.o_proj.weight, lora.get("self_attn.o_proj"))
 
 
 class MLP(nn.Module):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Ids, Parser, positive, run
-from model import QWEN3, Config, Decoder, LanguageModel, Recorded, lora_layout, pick_device, read_json, write_json
+from model import QWEN3, BlockAttention, Config, Decoder, LanguageModel, Recorded, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, ShineConfig
 from train import Graphs, compile_layers, one_pass, plain_attention
 
@@ -126,14 +126,15 @@ def flops(c, h, M, B, N, S, counted):
 
 
 def counted(call):
-    """FLOPs of a call by torch's counter, attention as plain matrix products: of its kernels the counter knows some, and heads that share keys in none."""
-    attention = F.scaled_dot_product_attention
+    """FLOPs of a call by torch's counter, attention of full rows as plain matrix products: of its kernels the counter knows some, and heads
+    that share keys in none; in blocks it would be less."""
+    attention, longest = F.scaled_dot_product_attention, BlockAttention.LONGEST
     try:
-        F.scaled_dot_product_attention = plain_attention
+        F.scaled_dot_product_attention, BlockAttention.LONGEST = plain_attention, 0
         with FlopCounterMode(display=False) as counter:
             call()
     finally:
-        F.scaled_dot_product_attention = attention
+        F.scaled_dot_product_attention, BlockAttention.LONGEST = attention, longest
     return counter.get_total_flops()
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import close
-from model import (PRESETS, Config, Decoder, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout, lora_size,
-                   map_lora, pick)
+from model import (PRESETS, BlockAttention, Config, Decoder, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout,
+                   lora_size, map_lora, pick)
 from train import save_base
 
 
@@ -57,6 +57,36 @@ def test_the_norm_with_its_gradient_by_hand_is_the_plain_one():
     with torch.no_grad():
         assert close(norm(x), theirs)
     assert close(ours, theirs) and close(dw, ew) and all(close(p, q) for p, q in zip(dx, ex))
+
+
+@pytest.mark.parametrize("T, keys, masked", [(11, 11, False), (5, 11, False), (3, 9, True), (8, 8, True)])
+def test_attention_in_blocks_and_its_gradient_are_the_plain_ones(T, keys, masked, monkeypatch):
+    """Against autograd through softmax(q k^T + bias) v: blocks of four queries, the last one shorter, two query heads on each key head,
+    queries that are the last of more keys; the mask hides the first two keys of one row."""
+    monkeypatch.setattr(BlockAttention, "BLOCK", 4)
+    random = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+    q, k, v, grad = random(2, 4, T, 6), random(2, 2, keys, 6), random(2, 2, keys, 6).detach().flip(2).requires_grad_(), random(2, T, 4, 6)
+    bias = torch.full((T, keys), float("-inf"), dtype=torch.float64).triu(keys - T + 1).repeat(2, 1, 1, 1)
+    if masked:
+        bias[1, :, 2:, :2] = float("-inf")
+    plain = (torch.softmax(q @ k.repeat_interleave(2, 1).mT + bias, -1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    ours = BlockAttention.apply(q, k, v, bias if masked else None)
+    assert torch.allclose(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(plain, (q, k, v), grad)):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("T", [40, 300])
+def test_bf16_reads_in_blocks_as_float32_does_by_the_kernel(T, monkeypatch):
+    """A text of several blocks, with memory tokens behind it, of which alone the last layer is wanted."""
+    base, ids = LanguageModel(Config()), torch.arange(2 * T).view(2, T) % 500 + 5
+    memory, calls, apply = torch.randn(7, 48, generator=torch.Generator().manual_seed(1)), [], BlockAttention.apply
+    monkeypatch.setattr(BlockAttention, "apply", lambda *args: calls.append(args[0].shape[2]) or apply(*args))
+    with torch.no_grad():
+        exact = base.read(ids, None, memory)
+        assert not calls
+        rounded = base.to(torch.bfloat16).read(ids, None, memory.bfloat16())
+    assert calls == [T + 7, 7] and close(rounded.float(), exact, 0.05)
 
 
 def test_two_rows_with_two_loras_are_two_runs(base, ids):

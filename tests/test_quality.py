@@ -31,6 +31,19 @@ def test_texts_trained_together_are_trained_alone(shine):
         assert close(together[i:i + 1], alone, 1e-3) and not torch.equal(alone, start[:1])
 
 
+def test_what_is_written_out_counts_when_it_is_the_text_to_the_last_sign(shine, monkeypatch):
+    """Three short texts, one of them written with a wrong sign, and one that is too long to be asked for."""
+    texts, asked = [*TEXTS, "Ann sings.", "Tom ran. " * 60], []
+
+    def write(base, tokenizer, conversations, lora, max_new_tokens):
+        asked.extend(conversations)
+        return ["Ann sings!", *TEXTS]      # the shortest first
+    monkeypatch.setattr(quality, "answer_batch", write)
+    result = quality.reconstruction(shine, texts)
+    assert asked == [[("user", [shine.tokenizer.recon])]] * 3 and result["written out"] == {"texts": 3, "right": 66.67}
+    assert 0 <= result["reconstruction token accuracy"] <= 100 and "written out" not in quality.reconstruction(shine, texts[-1:])
+
+
 def test_a_plain_start_changes_nothing_and_training_lowers_the_loss_of_the_text(shine):
     start, rows = quality.plain_start(shine, 1), [quality.text_rows(shine, record(TEXTS[0]))]
     ids = torch.tensor([rows[0][0][0]])
