@@ -473,7 +473,7 @@ class LanguageModel(nn.Module):
 
     def loss(self, batch, lora=None, total=None, memory=None):
         """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6). A batch without
-        an "attention_mask" has full rows of one conversation each, which needs no bias: half the scores, none of them kept.
+        an "attention_mask" has full rows of one conversation each, which needs no bias: kernels then compute half of the scores and keep none.
 
         total: what the sum is divided by; None: the sum of this batch's weights. memory: a filled MemoryCache that every
         conversation sees. Logits are computed only where a token counts: at the positions batch["counted"] (K,) of the flattened
@@ -541,7 +541,7 @@ class LanguageModel(nn.Module):
 
         A token sees those before it that have its own number in the mask, where 0 is padding.
         Positions count real tokens only, so that padding on either side changes nothing for them. Where it stands at the end of
-        rows of one conversation each, nothing real sees it, and long rows do without a mask: half the scores, none of them kept.
+        rows of one conversation each, nothing real sees it, and long rows do without a mask, as full ones.
         """
         T, c, device = x.shape[1], self.config, x.device
         if memory and mask is None:
