@@ -647,15 +647,17 @@ class Decoder:
 
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
     started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds the weight of the
-    norm before it, and a LoRA too where it is float32. On x86 a product with one row is `embedding_bag`, which adds up rows of a
-    matrix, each times a number, in float32: it reads the matrix at the rate of the memory, for which torch's products with one row use
-    one thread or, in bf16, pack the matrix anew. There a matrix lies as (P, in, out / P), P parts for the threads to share.
+    norm before it, and a LoRA too where the copy is float32, as it is of a `SMALL` bf16 model too: there the caches hold it. On x86 a
+    product with one row is `embedding_bag`, which adds up rows of a matrix, each times a number, in float32: it reads the matrix at the
+    rate of the memory, for which torch's products with one row use one thread or, in bf16, pack the matrix anew. There a matrix lies as
+    (P, in, out / P), P parts for the threads to share.
     On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
     overwritten by the next step. compiled: there, what a layer does is compiled first (once for all layers, half a minute), so that
     some forty small kernels of it become few and its products with one row sums that are read at full speed.
     """
 
     compiled = False
+    SMALL = 2 ** 22      # numbers in the layers
 
     @staticmethod
     def suits(model, lora):
@@ -687,7 +689,7 @@ class Decoder:
     def join(self):
         """Copy the weights, at the first step."""
         c, model, p = self.config, self.model, self.model.model.norm.weight
-        dtype = p.dtype if self.bags(p) else self.dtype
+        dtype = self.dtype if not self.bags(p) else torch.float32 if sum(w.numel() for w in model.model.layers.parameters()) < self.SMALL else p.dtype
 
         def joined(layer, pairs, *names, norm=None):
             """diag(norm) W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum

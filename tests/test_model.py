@@ -194,10 +194,11 @@ def test_greedy_generation_is_the_argmax_of_full_passes_also_for_padded_rows(bas
     assert got.tolist() == expected
 
 
-@pytest.mark.parametrize("dtype, activations", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("dtype, activations, small", [(torch.float32, None, 0), (torch.bfloat16, None, 0), (torch.bfloat16, torch.float32, 0), (torch.bfloat16, None, 2 ** 22)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype, activations, device, rows):
+def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype, activations, small, device, rows, monkeypatch):
+    monkeypatch.setattr(Decoder, "SMALL", small)
     base = LanguageModel(Config(vocab_size=257, tie_word_embeddings=rows == 1)).to(device, dtype)
     base.compute_dtype = activations
     exact = LanguageModel(base.config).to(device)
@@ -217,6 +218,8 @@ def test_a_decoder_gives_the_logits_of_full_passes_and_is_used_again(ids, dtype,
                 assert decoder.cache.used == static + 1
     bags = device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     assert bool(decoder.rows) == bags and Decoder.suits(base, lora) == (bags or device == "cuda" or dtype == torch.float32)
+    if bags:
+        assert decoder.output[0].dtype == (torch.float32 if small else dtype)
     assert decoder.output[0].shape[2] >= 32      # 257 divides into no parts worth a bag
 
 
