@@ -399,7 +399,8 @@ class Attention(nn.Module):
         if bias is not None:
             bias = bias[:, :, -last:]
         T, keys = q.shape[2], k.shape[2]
-        if x.device.type == "cpu" and T > 1 and (bias is not None or x.dtype == torch.bfloat16 and keys <= BlockAttention.LONGEST):
+        full = bias is None and 1 < T == keys                                    # what the kernels know as causal
+        if x.device.type == "cpu" and T > 1 and (not full or x.dtype == torch.bfloat16 and keys <= BlockAttention.LONGEST):
             y = BlockAttention.apply(q * D ** -0.5, k, v, bias)
         else:
             if bias is None and 1 < T < keys:
@@ -408,7 +409,7 @@ class Attention(nn.Module):
                 q = q.reshape(B, -1, groups, D)
             elif bias is not None and groups > 1:                                # no masked kernel shares keys between heads
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=q.shape[1] > k.shape[1])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=full, enable_gqa=q.shape[1] > k.shape[1])
             y = y.reshape(B, heads, T, D).transpose(1, 2)
         return linear(y.reshape(B, T, heads * D), self.o_proj.weight, lora.get("self_attn.o_proj"))
 
@@ -647,9 +648,9 @@ class Decoder:
 
     Such a step reads every weight once and computes little, so what it costs is memory traffic and the number of operations
     started. Here the products of one input are one product (q, k, v; gate, up), in a copy of the weights that holds the weight of the
-    norm before it, and a LoRA too where the copy is float32, as it is of a `SMALL` bf16 model too: there the caches hold it. On x86 a
-    product with one row is `embedding_bag`, which adds up rows of a matrix, each times a number, in float32: it reads the matrix at the
-    rate of the memory, for which torch's products with one row use one thread or, in bf16, pack the matrix anew. There a matrix lies as
+    norm before it, and a LoRA too where the copy is float32, as it is even of a bf16 model if that is SMALL. On x86 a product with one
+    row is `embedding_bag`, which adds up rows of a matrix, each times a number, in float32: it reads the matrix at the rate of the
+    memory, for which torch's products with one row use one thread or, in bf16, pack the matrix anew. There a matrix lies as
     (P, in, out / P), P parts for the threads to share.
     On a GPU the step is captured once as a CUDA graph; nothing in it depends on the position but the tensor `at`. Its logits are
     overwritten by the next step. compiled: there, what a layer does is compiled first (once for all layers, half a minute), so that
@@ -657,14 +658,18 @@ class Decoder:
     """
 
     compiled = False
-    SMALL = 2 ** 22      # numbers in the layers
+    SMALL = 2 ** 22      # numbers in the layers: in float32 the caches hold those, and a step has half the products
 
     @staticmethod
     def suits(model, lora):
         """Whether the copy pays: up to 2 GB of bf16, or float32 weights on a CPU that stay small; and one LoRA for all rows, or none."""
-        p, size = model.model.norm.weight, sum(p.numel() for p in model.model.layers.parameters())
+        p, size = model.model.norm.weight, Decoder.size(model)
         one = not lora or all(A.dim() == 2 or len(A) == 1 for layer in lora for A, _ in layer.values())
         return one and size < (2 ** 30 if p.is_cuda else 2 ** 26 if p.dtype == torch.float32 else 2 ** 30 if Decoder.bags(p) else 0)
+
+    @staticmethod
+    def size(model):
+        return sum(p.numel() for p in model.model.layers.parameters())
 
     @staticmethod
     def bags(p):
@@ -689,7 +694,7 @@ class Decoder:
     def join(self):
         """Copy the weights, at the first step."""
         c, model, p = self.config, self.model, self.model.model.norm.weight
-        dtype = self.dtype if not self.bags(p) else torch.float32 if sum(w.numel() for w in model.model.layers.parameters()) < self.SMALL else p.dtype
+        dtype = self.dtype if not self.bags(p) else torch.float32 if self.size(model) < self.SMALL else p.dtype
 
         def joined(layer, pairs, *names, norm=None):
             """diag(norm) W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum

@@ -929,7 +929,7 @@ def dry_run(args):
         ones = lambda *shape: torch.ones(*shape, dtype=torch.long)
         batch = {"input_ids": ones(B, S), "attention_mask": ones(B, S), "weights": torch.ones(B, S), "counted": ones(B * (S - 1)),
                  **({"context_ids": ones(B, N), "context_mask": ones(B, N)} if shine else {})}
-        try:      # meta tensors know no attention kernel: the one of the device stands in
+        try:      # meta tensors know no attention kernel: the one of the device stands in, for a CPU's blocks all of a row's scores at once
             F.scaled_dot_product_attention = plain_attention if device.type == "cpu" else flash_attention
             activations = {}
             for on in (False, True):

@@ -5,7 +5,8 @@
     python -m benchmarks.quality --generate 100 --baselines                       and against LoRAs trained by gradient, with costs
 
 Every question is answered greedily, one conversation a text, with the model's own earlier answers in the history. Exact
-match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7)
+match and token F1 follow SQuAD; intervals are 95 % bootstrap intervals over texts. (paper, section 7) And how much of the texts
+themselves the LoRAs give back (section 6).
 
 The baselines train a LoRA of the generated one's rank, on the same linears, for each text, by AdamW (a LoRA for answering stands
 beside it, as it is, where SHINE is named, and nowhere else):
