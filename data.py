@@ -398,6 +398,10 @@ def read_lines(path):
 
 SLOT = re.compile(r"\{(\w)('s|\.\w+|\^)?\}")
 OWNED = re.compile(r"(\w+(?: old)? \w+) (\{\w's\} [^{}]+?)( called)?\?")       # "What is {A's} sister called?": may be asked "And her sister?"
+SMALL_WORDS = frozenset("a about across after against all along among an and are around as at because been before behind below beneath beside between beyond by "
+                        "can did do does down during every for from had has have he her his if in inside into is it its my near next no not of off on "
+                        "one only onto our out outside over past she since so some that the their they through to too two under until up was we were "
+                        "what when where which while who whose will with without you your".split())      # see outline
 CAST = {"person": 4, "pet": 2, "town": 2}      # how many of them a text has at most: see Source.make_cast
 CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because|since|before|after|as|if|though|although|so|or|until|is|was|does|did|has|can|will))\s*$", re.I)
 
@@ -481,6 +485,19 @@ def load_assets(folder):
     return words, frames
 
 
+def outline(value):
+    """What values that can stand in each other's places have in common: how they begin, how the last word ends, about how many words.
+
+    >>> outline("behind the old barn") == outline("behind the red fence"), outline("an oak") == outline("the oaks")
+    (True, False)
+    """
+    ending = lambda word: next((end for end in ("ing", "ed", "er", "ly", "s") if word.endswith(end)), "")      # noqa: E731
+    words = value.split()
+    small = len(words) > 1 and words[0] in SMALL_WORDS
+    head = [word for word in words[:2] if word in SMALL_WORDS] if small else [value[0].isupper(), value[0].isalpha(), ending(words[0])]
+    return *head, ending(words[-1]), min(len(words), 4)
+
+
 class Character:
     """A person, pet or town that all frames of a text share, and its forms."""
 
@@ -525,6 +542,7 @@ class Source:
         words, frames = load_assets(folder)
         self.scenes, self.scene_share = [f for f in frames if f.scene], 0.0      # share of texts that are a scene, not single facts
         self.company_share = 0.0                  # share of the scenes that stand among single facts about others
+        self.exchange_share, self.alike = 0.0, {}           # see let_exchange
         self.frames = [f for f in frames if not f.scene for _ in range(3 if f.topic.startswith("act") else 1)]       # the general ones more often
         self.split, self.max_facts, self.wild, self.wild_share = split, max_facts, [], 0.0      # see let_wild
         self.words = {}
@@ -576,9 +594,19 @@ class Source:
             word = word[:rng.randint(2, 6)] + "".join(rng.choice(self.wild_parts) for _ in range(rng.choice((1, 1, 2))))
         return self.wild[0] if word in self.spared else word
 
+    def let_exchange(self, share):
+        """Draw a share of the values that come from a scene's own list from the lists of all scenes, among those that look alike: eight
+        values are soon known by heart, and a scene that is known then says which of eight, not what."""
+        self.exchange_share, self.alike = share, {}
+        for line in sorted({line for scene in self.scenes for kind in scene.slots.values() if isinstance(kind, tuple) for line in kind}):
+            self.alike.setdefault(outline(line), []).append(line)
+
     def fresh(self, kind, rng, used):
         for _ in range(20):
-            value = self.value(kind, rng)
+            if self.exchange_share and isinstance(kind, tuple) and rng.random() < self.exchange_share:
+                value = self.value(self.alike[outline(rng.choice(kind))], rng)
+            else:
+                value = self.value(kind, rng)
             if self.wild and isinstance(kind, str) and open_class(load_assets(ASSETS)[0][kind]) and rng.random() < self.wild_share:
                 word = self.wild_word(rng)
                 value = word[:1].upper() + word[1:] if value[:1].isupper() else word
@@ -1208,7 +1236,7 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, mined_share=0.0, scene_share=0.0, company_share=0.0, skip_scenes=""):
+                 conversations=1, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0, skip_scenes=""):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -1223,6 +1251,8 @@ class Examples:
                 raise UserError(f"{skip_scenes!r} leaves no scene to train on: take --scene-share 0 instead")
         if wild_share:
             self.source.let_wild(tokenizer, wild_share)
+        if exchange_share:
+            self.source.let_exchange(exchange_share)
         self.copy_share, self.plain_share = copy_share, plain_share if texts else 0      # of the base stage
         self.random_share = random_share          # share of passages that are tokens in random order
         self.mined_share, self.miner = mined_share if texts else 0, Miner()      # share of conversations on pieces of plain text
