@@ -64,7 +64,8 @@ COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, te
               rival_share=0.25, mined_share=0.15, scene_share=0.25, company_share=0.5, exchange_share=0.3)
 SIZES = dict(rank=72, meta_rank=24, lora_layers=0, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
-             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0)                        # real text only
+             text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0, company_share=0.0,
+             exchange_share=0.0)                                     # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),

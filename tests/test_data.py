@@ -376,6 +376,24 @@ def test_a_scene_in_company():
     assert min(asked.values()) > 10 and len({facts[0].frame.scene for facts in kept}) == 2, asked      # before it, too
 
 
+def test_values_are_exchanged_between_scenes(tokenizer):
+    """A value of a scene's own list comes from any scene's, if it looks like one of its own; scenes that are skipped lend none."""
+    def fill(source, rng):      # -> [(list, value)]
+        facts = [source.make_fact(frame, source.make_cast(rng, set()), rng, set(), set()) for frame in source.scenes[::9]]
+        return [(kind, fact.values[slot]) for fact in facts if fact for slot, kind in fact.frame.slots.items()
+                if isinstance(kind, tuple) and "{" not in "".join(kind)]
+
+    own = Source()
+    assert all(value in kind for kind, value in fill(own, random.Random(0)))
+    lending = Examples("finetune", tokenizer, scene_share=1.0, exchange_share=1.0, skip_scenes="fh_,hm_").source
+    lists = lambda scenes: {line for scene in scenes for kind in scene.slots.values() if isinstance(kind, tuple) for line in kind}
+    pool = {line for lines in lending.alike.values() for line in lines}
+    assert pool == lists(lending.scenes) < lists(own.scenes)
+    lent = [(kind, value) for kind, value in fill(lending, random.Random(0)) if value in pool]
+    assert all(data.outline(value) in map(data.outline, kind) for kind, value in lent)
+    assert sum(value in kind for kind, value in lent) < 0.4 * len(lent) > 100      # some look like no other
+
+
 def test_follow_ups_stand_behind_their_question(tmp_path):
     (tmp_path / "words").mkdir(), (tmp_path / "scenes").mkdir(), (tmp_path / "frames").mkdir()
     for kind in ("x", "names_female", "names_male", "newname", "petname", "city", "newplace"):
