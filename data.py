@@ -46,6 +46,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\
 QWEN_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
                 r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 QWEN_SPECIAL = SPECIAL[:3]
+BLANK = 500_000
 UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
 
 
@@ -130,6 +131,8 @@ class Tokenizer:
         if not text:
             return []
         text = text.encode("utf-8", "replace").decode()      # a lone surrogate cannot be encoded
+        if len(text) > BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > BLANK:      # tiktoken's regular expression would run out of stack
+            raise UserError(f"more than {BLANK:,} characters of white space in a row: take some out")
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
         return self.encoding.encode_ordinary(" " + text if self.prefix_space else text)

@@ -171,7 +171,7 @@ def map_lora(fn, lora):
 
 
 def linear(x, weight, ab=None):
-    """y = x W^T + (x A) B.  x (B, T, in), weight (out, in), ab None or (A, B) with or without a batch axis."""
+    """y = x W^T + (x A) B (paper, section 5).  x (B, T, in), weight (out, in), ab None or (A, B) with or without a batch axis."""
     y = product(x, weight)
     if ab is not None:
         A, B = ab
@@ -335,7 +335,7 @@ class BlockAttention(torch.autograd.Function):
     With P = softmax(q k^T):  dv = P^T dy,  dS = P (dP - sum of P dP over the keys) with dP = dy v^T,  dq = dS k,  dk = dS^T q.
     """
     BLOCK = 128         # queries
-    LONGEST = 2048      # keys; for more of them the kernel, which keeps no probabilities
+    LONGEST = 2048      # keys of full rows; for more of them the kernel, which keeps no probabilities
 
     @staticmethod
     def blocks(T, keys):
@@ -386,7 +386,7 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, bias, lora, cache=None, layer=0, last=0):
         """x (B, T, H) -> (B, T, H), or (B, last, H) where only the last positions are wanted. bias (B, 1, T, keys) is added to
-        the scores; None: causal over the T tokens, or one token that sees all keys."""
+        the scores; None: the T tokens are the last of the keys, and each sees all up to itself."""
         c, (B, T, _) = self.config, x.shape
         heads, groups, D = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
         project = lambda name, x: linear(x, getattr(self, name).weight, lora.get(f"self_attn.{name}")).view(B, x.shape[1], -1, D)
@@ -474,7 +474,7 @@ class LanguageModel(nn.Module):
 
     def loss(self, batch, lora=None, total=None, memory=None):
         """Next-token cross-entropy of batch["input_ids"] (B, S), each token times its weight (paper, section 6). A batch without
-        an "attention_mask" has full rows of one conversation each, which needs no bias: kernels then compute half of the scores and keep none.
+        an "attention_mask" has full rows of one conversation each, which needs no bias: half of the scores are then never computed.
 
         total: what the sum is divided by; None: the sum of this batch's weights. memory: a filled MemoryCache that every
         conversation sees. Logits are computed only where a token counts: at the positions batch["counted"] (K,) of the flattened
@@ -699,22 +699,22 @@ class Decoder:
         def joined(layer, pairs, *names, norm=None):
             """diag(norm) W^T of linears side by side, in parts, (P, in, out / P). A LoRA is in it where it is float32; in bf16 the sum
             W + A B would round away what is small beside W: so B stands below W, as (names * r, out), and A^T (names * r, in) beside it."""
-            behind = lambda x: x if norm is None else x * norm                                   # (n, in)
+            behind = lambda x: x if norm is None else x * norm.to(x.dtype)                       # (n, in)
             weights = [layer.get_submodule(n).weight for n in names]
-            W = behind(torch.cat(weights)).to(dtype)                                             # (out, in)
+            W = behind(torch.cat(weights).to(dtype))                                             # (out, in)
             if not any(n in pairs for n in names):
-                return self.cut(W), None
+                return self.parts(W), None
             A, B = ([pairs[n][i].reshape(pairs[n][i].shape[-2:]).float() if n in pairs else w.new_zeros((w.shape[1], 0) if i == 0 else (0, len(w)))
                      for n, w in zip(names, weights)] for i in (0, 1))      # of rank 0 where a linear has none
             A, B = behind(torch.cat(A, 1).T), torch.block_diag(*B).T                             # (names * r, in), (out, names * r)
             if dtype == torch.float32:
-                return self.cut(W + B @ A), None
-            return self.cut(torch.cat((W, B.to(dtype)), 1)), A.to(self.state).contiguous()
+                return self.parts(W + B @ A), None
+            return self.parts(torch.cat((W, B.to(dtype)), 1)), A.to(self.state).contiguous()
         self.eps = torch.full((1,), c.rms_norm_eps, device=p.device)
-        self.layers, turned = [], []
+        layers, turned = [], []
         for i, layer in enumerate(model.model.layers):
             pairs, attention = self.lora[i] if self.lora else {}, layer.self_attn
-            self.layers.append((
+            layers.append((
                 joined(layer, pairs, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", norm=layer.input_layernorm.weight),
                 joined(layer, pairs, "self_attn.o_proj"),
                 joined(layer, pairs, "mlp.gate_proj", "mlp.up_proj", norm=layer.post_attention_layernorm.weight),
@@ -724,9 +724,10 @@ class Decoder:
         # RoPE meets the weights of the norms of q and k: x w cos + roll(x) roll(w) sin; those of q have the scale of the scores
         self.turned = torch.stack(turned), torch.stack(turned).roll(c.head_dim // 2, -1)             # (L, heads of q and k, D) each
         output = (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head).weight
-        self.output = self.cut((output * model.model.norm.weight).to(dtype)), None
+        self.output = self.parts(output.to(dtype) * model.model.norm.weight.to(dtype)), None
+        self.layers = layers      # last: a copy that Ctrl-C stops half-way is made anew
 
-    def cut(self, W):
+    def parts(self, W):
         """(out, in) -> (P, in, out / P): parts of 256 columns or fewer for `embedding_bag`, which goes through a part row by row."""
         out, rows = W.shape
         threads = 1 if W.is_cuda else torch.get_num_threads()
@@ -740,12 +741,13 @@ class Decoder:
         """The cache, with room for so many rows and tokens: the one from before where that is large enough, or what it holds in a larger one."""
         old = self.cache
         if old is None or old.length < length or old.keys.shape[1] != batch:
-            self.cache, self.graph = KVCache(self.config, batch, -(-length // 128) * 128, self.dtype, self.device), None
+            new = KVCache(self.config, batch, -(-length // 128) * 128, self.dtype, self.device)
             if old is not None and old.keys.shape[1] == batch:
-                self.cache.keys[..., :old.length, :], self.cache.values[..., :old.length, :] = old.keys, old.values
-                self.cache.used, self.cache.ids = old.used, old.ids
-            angles = rope(torch.arange(self.cache.length, device=self.device)[None], self.config.head_dim, self.config.rope_theta)
+                new.keys[..., :old.length, :], new.values[..., :old.length, :] = old.keys, old.values
+                new.used, new.ids = old.used, old.ids
+            angles = rope(torch.arange(new.length, device=self.device)[None], self.config.head_dim, self.config.rope_theta)
             self.angles = [t[0, 0].to(self.state) for t in angles]                                    # cos, sin: (length, head_dim)
+            self.cache, self.graph = new, None      # last, as in `join`
         return self.cache
 
     @torch.inference_mode()
@@ -765,9 +767,10 @@ class Decoder:
         if self.graph is None:
             self.token = token.clone()
             self.step(self.token, None)                    # once outside the graph: libraries set themselves up
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.logits = self.step(self.token, None)
+            self.graph = graph
         self.token.copy_(token)
         self.graph.replay()
         return self.logits
@@ -945,9 +948,19 @@ def check_tensors(path, tensors, shapes, where={}):
             raise UserError(f"{file}: {name} is not a plain tensor of floating-point numbers ({t.dtype}, {t.layout})")
 
 
+def target(path, kind):
+    """Where to write a "file" or a "folder", links followed: a name that is free, or has something of that kind."""
+    if not Path(path).name:
+        raise UserError(f"cannot write {path}: name a {kind}")
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+        raise UserError(f"cannot write {path}: it is there already and not a {kind}")
+    return Path(path)
+
+
 def write_file(path, write):
     """Call write(temporary path), then rename: the file is there whole or not at all, and an older one survives a failure."""
-    path = Path(path)
+    path = target(path, "file")
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -967,10 +980,10 @@ def write_file(path, write):
 @contextmanager
 def new_folder(path):
     """A folder that is there whole or not at all: what the block writes into the temporary one it is given is renamed at the end."""
-    path = Path(path)
+    path = target(path, "folder")
     part = path.with_name(f".{path.name}.part")
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} is there already and not an empty folder: choose another folder")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -980,7 +993,7 @@ def new_folder(path):
         part.rename(path)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"cannot write {path}: {error}") from None
         raise
 

@@ -49,7 +49,7 @@ class ShineConfig:
     meta_r: int = 8                 # rank of the trained meta LoRA
     m2p_layers: int = 4             # D
     m2p_heads: int = 0              # 0: by the published rule, m2p.attention_heads
-    scale: float = 0.02             # A and B are multiplied by sqrt(scale); the paper's 0.001 belongs to H = 4096
+    scale: float = 0.02             # what is generated is multiplied by sqrt(scale); the paper's 0.001 belongs to H = 4096
     context_length: int = 256       # longest text in tokens
     conversation_length: int = 384  # longest conversation in tokens
     m2p_axes: str = "both"          # "rows", "columns": for the ablation, see m2p.M2P
@@ -307,11 +307,10 @@ class Shine(nn.Module):
         Where A becomes static it starts as this one's mean over `texts` in the ranks whose B is still read at the same place, else at zero.
         (Not in the paper; benchmarks/RUNS.md, "B alone".)
         """
-        new, base = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config
-        c = self.config
+        new, sizes, c = Shine(self.base, self.tokenizer, config, seed).to(self.device), self.base.config, self.config
         if c.answer_r and config.answer_r != c.answer_r:
             raise UserError(f"--answer-rank {config.answer_r}: the LoRA for answering of this hypernetwork has rank {c.answer_r}, and would be lost")
-        layout = lora_layout(base, config.target_modules)
+        layout = lora_layout(sizes, config.target_modules)
         grows = c.static_a and config.static_a and c.target_modules == config.target_modules and len(layout) == 1 and config.r > c.r
         if new.M != self.M and not grows:
             rank, left = divmod(config.r * self.M, new.M)
@@ -329,10 +328,10 @@ class Shine(nn.Module):
                 A, old = (t.data.view(len(t), layout[0][1], -1) for t in (own[name], p))
                 A.zero_()[-both:, :, :c.r] = old[-both:]
         if config.static_a and not self.config.static_a:
-            where = [cut(torch.arange(self.P, device=self.device)[None], base, c.r, c.target_modules, c.generated)[0]
-                     for c in (self.config, config)]      # which of the P numbers each A and B is made of
+            where = [cut(torch.arange(self.P, device=self.device)[None], sizes, one.r, one.target_modules, one.generated)[0]
+                     for one in (c, config)]      # which of the P numbers each A and B is made of
             lora = self.apart(self.generate_lora(texts))[0]
-            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), base, config.r, config.target_modules, "A"), new.below):
+            for i, layer in enumerate(cut(own["lora_a"].data.zero_(), sizes, config.r, config.target_modules, "A"), new.below):
                 for name, (A,) in layer.items():
                     if name in lora[i]:
                         same = (where[1][name][-1][:, None, 0] == where[0][name][-1][:, 0]).nonzero()      # ranks (new, old) with the same B
@@ -355,11 +354,11 @@ class Shine(nn.Module):
         return self.base.read(context_ids, mask, self.memory, meta, keep)[:, -(K or self.K):]
 
     def to_lora(self, memory_states, trace=None):
-        """Section 4: memory states (B, K, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for every linear."""
+        """Section 4: memory states (B, K, M, H) -> LoRA, A (B, in, r) and B (B, r, out) for each of the linears that have one."""
         return self.assemble(self.m2p(memory_states, trace))
 
     def assemble(self, numbers):
-        """What the M2P says (B, K, P) -> LoRA."""
+        """What the M2P says (B, K, P) -> LoRA: times sqrt(scale), and cut (section 4, step 3)."""
         c, flat = self.config, numbers * math.sqrt(self.config.scale)
         info = {"base": self.base_id, "base_name": self.base.name}
         if not c.static_a:
@@ -402,6 +401,8 @@ class Shine(nn.Module):
         """A text, a list of texts, or ids (B, N) with a mask -> LoRA with one row a text. Text in, no gradient."""
         if torch.is_tensor(context):
             return self.to_lora(self.read(context, mask))
+        if self.memory.is_meta:
+            raise UserError("there is no hypernetwork to read a text with, only a language model: name one with --hypernet DIR")
         texts = [context] if isinstance(context, str) else list(context)
         rows = []
         for text in texts:
@@ -476,7 +477,7 @@ class Shine(nn.Module):
 
     # ------------------------------------------------------------------------ folders
     def save(self, folder, dtype=torch.bfloat16):
-        """hypernet.json + hypernet.safetensors, beside the base's config.json, model.safetensors and bpe.json where it is ours."""
+        """Write hypernet.json + hypernet.safetensors; the language model's own files are not written."""
         write_json(Path(folder) / "hypernet.json", asdict(self.config) | {"base": self.base_id, "base_name": self.base.name}
                    | ({"reads_only": True} if self.reads_only else {}))
         tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in self.trained().items()}
@@ -507,9 +508,11 @@ class Shine(nn.Module):
                 raise UserError(f"--scale and --m2p-heads are for published files; {folder}/hypernet.json has its own")
             published, path = None, Path(folder) / "hypernet.json"
             raw = read_json(path)
+            fits = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v >= 0, "str": lambda v: isinstance(v, str),
+                    "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
             for f in fields(ShineConfig):
-                if not isinstance(raw.get(f.name, f.default), str if isinstance(f.default, str) else (int, float)):
-                    raise UserError(f"{path}: {f.name} is {raw[f.name]!r}")
+                if not fits[f.type.__name__](raw.get(f.name, f.default)) or f.name in ("r", "context_length", "conversation_length") and raw.get(f.name) == 0:
+                    raise UserError(f"{path}: {f.name} = {raw[f.name]!r} is not of the right kind or size")
             if not adopt and raw.get("base") != fingerprint(base):
                 raise UserError(f"{path} belongs to another language model ({raw.get('base_name') or raw.get('base')}) "
                                 f"than the one in {base_folder}")
@@ -520,7 +523,8 @@ class Shine(nn.Module):
         shine.reads_only = tensors is not None and raw.get("reads_only") is True
         if folder is None:
             return shine.eval()
-        tensors = tensors or shine.from_published(published, folder)
+        if tensors is None:
+            tensors = shine.from_published(published, folder)
         check_tensors(folder, tensors, {n: p.shape for n, p in shine.trained().items()})
         shine.load_state_dict({n: t.to(device, dtype or t.dtype) for n, t in tensors.items()}, strict=False, assign=True)
         return shine.eval()
@@ -530,6 +534,8 @@ class Conversation:
     """Several turns about one text: with its LoRA (SHINE), with the text in the prompt (context), or with neither."""
 
     def __init__(self, shine, lora=None, context=None, max_new_tokens=64, **sampling):
+        if max_new_tokens > (most := shine.base.config.max_position_embeddings):
+            raise UserError(f"{max_new_tokens} new tokens: this language model has positions for {most}")
         self.shine, self.lora = shine, lora
         self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
         self.max_new_tokens, self.sampling, self.turns, self.dropped = max_new_tokens, sampling, [], 0
@@ -644,8 +650,10 @@ def read_text(args):
     if args.file == "":
         raise UserError("the path of the file is empty")
     try:
+        if args.file in (None, "-") and sys.stdin is None:
+            raise UserError("standard input is closed")
         raw = sys.stdin.buffer.read() if args.file in (None, "-") else Path(args.file).read_bytes()
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{args.file} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -708,16 +716,16 @@ def chat(shine, lora, text, options, say, talk):
                 talk, rivals = Conversation(shine, lora, **options), {}
                 say("the conversation is cleared, the text is kept")
             elif command in ("/text", "/file"):
-                new = rest if command == "/text" else read_text(argparse.Namespace(text=None, file=rest.strip(), load=None))
+                new = rest if command == "/text" else read_text(argparse.Namespace(text=None, file=os.path.expanduser(rest.strip()), load=None))
                 lora, _ = absorb(shine, new, say)
                 text, talk, rivals = new, Conversation(shine, lora, **options), {}
             elif command == "/compare":
-                compare = not compare
+                compare, rivals = not compare, {}
                 say("comparison is " + ("on" if compare else "off") + ("" if text or not compare else " (no text at hand: a loaded LoRA does not hold it)"))
             elif command == "/save":
                 if not rest.strip():
                     raise UserError("/save needs a path")
-                lora.save(rest.strip())
+                lora.save(os.path.expanduser(rest.strip()))
                 say(f"saved to {rest.strip()}")
             elif command.startswith("/"):
                 raise UserError(f"there is no command {command}; /help lists them")
@@ -729,9 +737,7 @@ def chat(shine, lora, text, options, say, talk):
                 except KeyboardInterrupt:
                     pass
                 print(flush=True)
-                if talk.dropped:
-                    say(f"  note: the conversation is full; its oldest {talk.dropped} question(s) and answer(s) were dropped")
-                    talk.dropped = 0
+                say_dropped(talk, say)
                 if compare:
                     for name, context in (("text in the prompt", text), ("without the text", None)):
                         if name == "without the text" or text:
@@ -744,19 +750,28 @@ def chat(shine, lora, text, options, say, talk):
             say()
 
 
+def say_dropped(talk, say):
+    """Say so where a conversation has grown too long -> how many turns went."""
+    dropped, talk.dropped = talk.dropped, 0
+    if dropped:
+        say(f"  note: the conversation is full; its oldest {dropped} question(s) and answer(s) were dropped")
+    return dropped
+
+
 def check_flags(args):
     """Refuse flags that contradict each other or would be ignored."""
     content = [args.text, args.file, args.load, *args.ask, args.chat or None, args.save, args.inspect or None, args.export_peft, args.merge_into]
     for wrong, complaint in (
-            (args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1,
-             "--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1"),
-            (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "out", "save", "export_peft", "merge_into", "logits")),
+            (not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1 or not 0 <= args.seed < 2 ** 63,
+             "--temperature, --top-k and --seed must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1"),
+            (any(getattr(args, name) == "" for name in ("model", "base", "hypernet", "load", "convert", "out", "save", "export_peft", "merge_into", "logits")),
              "a path is empty"),
             (not all(question.strip() for question in args.ask), "a question of --ask is empty"),
             (args.model and (args.base or args.hypernet), "--model DIR holds both parts: give it, or --base DIR and --hypernet DIR"),
             (args.hypernet and not args.base, "--hypernet needs the language model it was made for: --base DIR"),
             (args.convert and not (args.base and args.out), "--convert DIR needs --base DIR and --out DIR"),
-            (args.convert and any(x is not None for x in content), "--convert takes no text and asks nothing"),
+            (args.convert and any(x is not None for x in (*content, args.hypernet)), "--convert takes no text and no --hypernet, and asks nothing"),
+            (args.json and args.chat, "--json gives one JSON object and ends: without --chat"),
             (args.out and not args.convert, "--out is where --convert writes; --save, --export-peft and --merge-into take their own path"),
             (args.inspect and args.load is not None, "--inspect needs a text: a loaded LoRA does not hold it"),
             (args.base and not args.hypernet and (args.text is not None or args.file is not None),
@@ -841,7 +856,7 @@ def keep(args, lora, base_folder, say):
 
 
 def ask(args, shine, talk, say):
-    """The questions of --ask in turn -> [{"question", "answer"}]; the logits over each prompt go where --logits says."""
+    """The questions of --ask in turn -> [{"question", "answer"}], and "dropped" where the conversation was too long for its oldest turns; the logits over each prompt go where --logits says."""
     turns, logits = [], {}
     for question in args.ask:
         if args.logits:
@@ -851,6 +866,8 @@ def ask(args, shine, talk, say):
         turns.append({"question": question, "answer": talk.ask(question)})
         if not args.json:
             say(f"> {question}\n{turns[-1]['answer']}")
+        if dropped := say_dropped(talk, say):
+            turns[-1]["dropped"] = dropped
     if args.logits:
         write_file(args.logits, lambda p: save_file(logits, p))
     return turns

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,7 @@ def shell(*arguments, stdin="", script="shine.py", cwd=ROOT, **options):
 def fails(run, *words):
     """One clear line, exit status 2, no traceback."""
     assert run.returncode == 2, (run.returncode, run.stdout, run.stderr)
-    last = run.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in run.stderr and all(word in last for word in words), run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1 and all(word in run.stderr for word in words), run.stderr
     return True
 
 
@@ -83,6 +83,20 @@ def test_standard_input_and_sampling(capsys):
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 4
 
 
+def test_a_file_from_windows_is_read_as_any_other(tmp_path, capsys):
+    for ending in ("\n", "\r\n"):
+        (tmp_path / "t.txt").write_bytes(f"Tom lives in Oslo.{ending}He has a boat.".encode())
+        call("--file", tmp_path / "t.txt", "--json")
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["tokens"] == second["tokens"]
+
+
+def test_a_conversation_that_is_too_long_says_so(capsys):
+    call(TEXT, "--json", *["--ask", "Who keeps " + "the very green " * 10 + "parrot?"] * 9)
+    out = capsys.readouterr()
+    assert sum(turn.get("dropped", 0) for turn in json.loads(out.out)["turns"]) > 1 and "the conversation is full" in out.err
+
+
 def test_a_long_text_says_so_and_uses_what_fits(tmp_path, capsys):
     path = tmp_path / "long.txt"
     path.write_text("The old man has a boat. " * 9000, encoding="utf-8")
@@ -105,7 +119,10 @@ def test_bad_input(tmp_path):
         with pytest.raises(UserError, match="empty"):
             call(empty)
     for word, *arguments in (("give one of",), ("give one of", TEXT, "--file", "x"), ("empty", "--file", ""), ("empty", TEXT, "--ask", " "), ("--temperature", TEXT, "--temperature", "-1"),
-                             ("--top-p", TEXT, "--top-p", "0"), ("--inspect", "--load", "x", "--inspect"), ("--base alone", TEXT, "--base", "x"), ("--base alone", "", "--base", "x"), ("give one of", "--base", "x")):
+                             ("--top-p", TEXT, "--top-p", "0"), ("--temperature", TEXT, "--temperature", "nan"), ("--seed", TEXT, "--seed", str(2 ** 64)), ("--json", TEXT, "--json", "--chat"),
+                             ("positions for 2048", TEXT, "--ask", "Who?", "--max-new-tokens", "100000000"), ("white space", "A" + " " * 600_000 + "b"),
+                             ("a path is empty", "--load", ""), ("--convert takes", "--convert", "x", "--base", "y", "--out", "z", "--hypernet", "w"),
+                             ("--inspect", "--load", "x", "--inspect"), ("--base alone", TEXT, "--base", "x"), ("--base alone", "", "--base", "x"), ("give one of", "--base", "x")):
         with pytest.raises(UserError, match=word):
             call(*arguments)
     assert fails(shell("--file", tmp_path / "none.txt"), "none.txt", "No such file")
@@ -117,7 +134,7 @@ def test_bad_input(tmp_path):
 
 
 @pytest.mark.parametrize("harm, word", [("missing", "missing"), ("cut", "damaged"), ("other base", "another language model"),
-                                        ("size", "expected"), ("tokenizer", "bpe.json")])
+                                        ("size", "expected"), ("negative", "r = -1"), ("fraction", "meta_r = 4.5"), ("tokenizer", "bpe.json")])
 def test_a_bad_checkpoint_folder(tmp_path, harm, word):
     folder = tmp_path / "m"
     shutil.copytree(DEFAULT_MODEL, folder)
@@ -126,9 +143,8 @@ def test_a_bad_checkpoint_folder(tmp_path, harm, word):
         path.unlink()
     elif harm == "cut":
         path.write_bytes(path.read_bytes()[:5000])
-    elif harm in ("other base", "size"):
-        raw = json.loads((folder / "hypernet.json").read_text())
-        raw |= {"base": "0" * 12} if harm == "other base" else {"m2p_layers": 4, "meta_r": 2}
+    elif harm in (harms := {"other base": {"base": "0" * 12}, "size": {"meta_r": 2}, "negative": {"r": -1}, "fraction": {"meta_r": 4.5}}):
+        raw = json.loads((folder / "hypernet.json").read_text()) | harms[harm]
         (folder / "hypernet.json").write_text(json.dumps(raw))
     else:
         (folder / "bpe.json").write_text("{}")
@@ -151,9 +167,16 @@ def test_saving_where_one_cannot(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         call(TEXT, "--save", "/proc/none/x.safetensors")
     (tmp_path / "d").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
-        call(TEXT, "--save", tmp_path / "d")
-    assert not list(tmp_path.glob(".*"))
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "d", tmp_path / "pipe", "."):
+        with pytest.raises(UserError, match="cannot write"):
+            call(TEXT, "--save", target)
+    for target in (tmp_path / "pipe", "."):
+        with pytest.raises(UserError, match="cannot write"):
+            call(TEXT, "--export-peft", target)
+    (tmp_path / "link").symlink_to(tmp_path / "x.safetensors")
+    call(TEXT, "--save", tmp_path / "link")
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "link").is_symlink() and (tmp_path / "x.safetensors").is_file()
 
 
 def test_data_command_shows_and_writes(tmp_path):
@@ -192,8 +215,8 @@ def test_readme_commands_and_python_example():
     for block in blocks:
         run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
         assert run.returncode == 0, run.stderr
-    for name in ("model.py", "m2p.py", "shine.py", "data.py", "train.py", "benchmarks/quality.py", "benchmarks/latency.py"):
-        assert name in readme or name.replace("/", ".").removesuffix(".py") in readme
+    commands = [shlex.split(line, comments=True)[2:] for line in readme.splitlines() if line.startswith("    python shine.py ")]
+    assert len(commands) > 4 and all(cli.parse(command) for command in commands)
 
 
 def test_loading_does_not_import_torchs_compiler():

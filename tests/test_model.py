@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import model
 from conftest import close
 from model import (PRESETS, BlockAttention, Config, Decoder, KVCache, LanguageModel, RMSNorm, UserError, cut, flatten, linear, lora_layout,
                    lora_size, map_lora, pick)
@@ -282,6 +283,27 @@ def test_a_conversation_goes_on_in_its_cache(base, ids, rows, monkeypatch):
             if len(given) == 3:
                 patch.setattr(F, "silu", stopped)
     assert turn(torch.cat((prompt[:, :20], *given, prompt[:, :1]), 1))[1] == 2      # the third token was on its way into the cache
+
+
+@pytest.mark.parametrize("where", ["parts", "room"])
+def test_a_copy_that_is_stopped_half_way_is_made_anew(base, ids, monkeypatch, where):
+    """Ctrl-C while a Decoder copies the weights, or makes its cache larger: the next answer is what it would have been."""
+    lora, calls = random_lora(base.config)[0], []
+    decoder = Decoder(base, lora)
+    answer = lambda length=12: torch.stack(list(base.generate(ids[:1], None, lora, length, decoder=decoder)), 1)
+    want, whole = torch.stack(list(base.generate(ids[:1], None, lora, 150)), 1), model.rope if where == "room" else Decoder.parts
+    if where == "room":
+        answer()
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3 - 2 * (where == "room"):
+            raise KeyboardInterrupt
+        return whole(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*(model, "rope") if where == "room" else (Decoder, "parts"), stopped)
+        answer(150)
+    assert torch.equal(answer(150), want)
 
 
 def test_stop_tokens_end_a_row_and_then_the_generator(base, ids):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -453,11 +453,12 @@ def test_a_merged_folder_is_another_model_and_is_there_whole_or_not_at_all(tmp_p
         with pytest.raises(UserError, match="choose another folder"):
             call(*arguments, flag, tmp_path / "full")
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(cli.shutil, "copyfile", full)
-    with pytest.raises(UserError, match="No space left"):
-        call(*arguments, "--merge-into", tmp_path / "half")
+    for module, name, error in ((cli.shutil, "copyfile", OSError), (cli, "save_file", SafetensorError)):      # what a full disk raises in each
+        def full(*_, **__):
+            raise error("No space left on device")
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+            patch.setattr(module, name, full)
+            call(*arguments, "--merge-into", tmp_path / "half")
     assert {p.name for p in tmp_path.iterdir()} == {"l.safetensors", "merged", "full"}
 
 
@@ -478,3 +479,11 @@ def test_lengths_may_change_between_stages_and_sizes_may_not(qwen, tmp_path):
     args = train.parse(PAPER + ["--base", str(qwen), "--model", str(tmp_path / "a"), "--rank", "4"])
     with pytest.raises(UserError, match="--rank 4.*has 2"):
         train.build(args, torch.device("cpu"), torch.float32, [])
+
+
+def test_a_chat_without_a_hypernetwork_reads_no_text(tmp_path, monkeypatch, capsys):
+    call("5 17 3", "--base", BASE, "--hypernet", HYPERNET, "--ids", *settings(), "--save", tmp_path / "l.safetensors")
+    lines = iter(["/text 5 17", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    call("--load", tmp_path / "l.safetensors", "--base", BASE, "--ids", "--chat")
+    assert "error: there is no hypernetwork to read a text with" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import shine
@@ -501,7 +502,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatc
 
     def full(tensors, path, metadata=None):
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device")
     monkeypatch.setattr(train, "save_file", full)
     shine = Shine.load(folder / "pre")
     with pytest.raises(UserError, match="No space left"):
