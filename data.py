@@ -1001,14 +1001,18 @@ class Miner:
         self.animals, self.somebody = nouns["animal"], self.SOMEBODY.union(*nouns.values()) - {"hand"}      # a farm hand
 
     def __call__(self, text):
-        """-> [(question, answer)]"""
+        """-> [(question, answer)] of the questions with one answer"""
+        return [(question, answers[0]) for question, answers in self.asked(text).items() if len(answers) == 1]
+
+    def asked(self, text):
+        """-> {question: [answers that the text gives]}"""
         asked = defaultdict(list)
         for sentence in sentences_of(text):
             for question, answer in self.ask(sentence):
                 question = question[:1].upper() + question[1:]
                 if 0 < len(answer.split()) <= 12 and answer not in asked[question]:
                     asked[question].append(answer)
-        return [(question, answers[0]) for question, answers in asked.items() if len(answers) == 1]
+        return asked
 
     def ask(self, sentence):
         """(question, answer) after (question, answer) of one sentence."""
@@ -1202,8 +1206,8 @@ class Miner:
                 yield f"{self.who(thing, True)} {did} {who} {base}{end}?", thing
             if preposition in self.PLACES and self.is_thing(noun, place=True):
                 yield f"Where {does}?", self.PLACES[preposition] + noun
-            elif preposition in ("to", "with", "from", "for") and self.is_thing(noun):
-                yield f"{'Who' if preposition == 'to' else self.who(noun, True)} {does} {preposition}?", noun
+            elif (preposition in ("with", "from", "for") or preposition == "to" and self.who(noun) == "Who") and self.is_thing(noun):
+                yield f"{self.who(noun, True)} {does} {preposition}?", noun
         elif not thing and self.is_thing(noun, place=True):
             if preposition in self.PLACES or preposition in ("to", "into") and base in self.GOING:
                 yield f"Where {does}?", self.PLACES.get(preposition, "") + noun
@@ -1231,7 +1235,7 @@ class Examples:
     """Examples of a stage, each a pure function of (seed, index): a run can go on anywhere.
 
     stage "base":      (None, ids, weights): the text in a system turn
-    stage "pretrain":  (context ids, ids, weights): reconstruction and completion, half each; stage "gist" the same
+    stage "pretrain":  (context ids, ids, weights): reconstruction and completion, half each, and as many questions as `question_share` says; stage "gist" the same
     stage "finetune":  (context ids, ids, weights): questions
     texts: documents of plain text; records: conversations on real texts, one list a file. Both are mixed in by the shares below.
     """
@@ -1324,9 +1328,10 @@ class Examples:
             while last < len(sentences) and (words := words - len(sentences[last].split())) >= 0:
                 last += 1
             piece = " ".join(sentences[first:last])
-            if pairs := self.miner(piece):
+            asked = self.miner.asked(piece)
+            if pairs := [(question, answers[0]) for question, answers in asked.items() if len(answers) == 1]:
                 pairs = [(casual(question, rng), answer) for question, answer in rng.sample(pairs, min(8, len(pairs)))]
-                if rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in dict(pairs):
+                if rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in asked:
                     pairs.insert(rng.randrange(len(pairs) + 1), (casual(foreign[0], rng), UNKNOWN))
                 return piece, [(("user", question), ("assistant", answer)) for question, answer in pairs]
         return None
@@ -1442,12 +1447,12 @@ def show(tokenizer, context, ids, weights):
 def main(argv=None):
     parser = Parser(description="Show examples of every task, or write a held-out evaluation set.")
     parser.add_argument("--model", default=str(ASSETS.parent / "checkpoints/tiny"), help="folder with the tokenizer")
-    parser.add_argument("--count", type=int, default=3, help="examples of each task, or texts to write")
+    parser.add_argument("--count", type=positive(int), default=3, help="examples of each task, or texts to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", metavar="FILE", help="write generated texts with questions as JSON lines")
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="of the texts to write")
-    parser.add_argument("--facts", type=int, help="facts in each text to write (default: 1 to 8)")
-    parser.add_argument("--turns", type=int, help="questions on each text to write (default: 1 to 8)")
+    parser.add_argument("--facts", type=positive(int), help="facts in each text to write (default: 1 to 8)")
+    parser.add_argument("--turns", type=positive(int), help="questions on each text to write (default: 1 to 8)")
     parser.add_argument("--text", help="folder of .txt or .txt.xz files to mix in")
     parser.add_argument("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
     parser.add_argument("--strict", action="store_true", help="stop at a broken line of a QA file")
@@ -1465,8 +1470,8 @@ def main(argv=None):
     for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question", "questions on a scene",
                  "language modelling, the text in the prompt"):
         print(f"\n=== {name}")
+        examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0)
         for i in range(args.count):
-            examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0)
             if "question" in name:
                 examples.source.scene_share = float("scene" in name)
                 sample = examples.source.sample(rng, n_turns=1 if name == "one question" else 4)
@@ -1497,6 +1502,14 @@ def positive(kind, zero=False):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def share(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share, 0 to 1")
+    return value
 
 
 def run(main):

@@ -507,16 +507,10 @@ class Shine(nn.Module):
             if scale or m2p_heads:
                 raise UserError(f"--scale and --m2p-heads are for published files; {folder}/hypernet.json has its own")
             published, path = None, Path(folder) / "hypernet.json"
-            raw = read_json(path)
-            fits = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v >= 0, "str": lambda v: isinstance(v, str),
-                    "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
-            for f in fields(ShineConfig):
-                if not fits[f.type.__name__](raw.get(f.name, f.default)) or f.name in ("r", "context_length", "conversation_length") and raw.get(f.name) == 0:
-                    raise UserError(f"{path}: {f.name} = {raw[f.name]!r} is not of the right kind or size")
+            raw, config = hypernet_config(folder)
             if not adopt and raw.get("base") != fingerprint(base):
                 raise UserError(f"{path} belongs to another language model ({raw.get('base_name') or raw.get('base')}) "
                                 f"than the one in {base_folder}")
-            config = ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
             tensors = read_tensors(path.with_suffix(".safetensors"))
         with torch.device("meta"):
             shine = cls(base, tokenizer, config)
@@ -528,6 +522,17 @@ class Shine(nn.Module):
         check_tensors(folder, tensors, {n: p.shape for n, p in shine.trained().items()})
         shine.load_state_dict({n: t.to(device, dtype or t.dtype) for n, t in tensors.items()}, strict=False, assign=True)
         return shine.eval()
+
+
+def hypernet_config(folder):
+    """-> (folder/hypernet.json, the ShineConfig in it)"""
+    raw = read_json(path := Path(folder) / "hypernet.json")
+    fits = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v >= 0, "str": lambda v: isinstance(v, str),
+            "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
+    for f in fields(ShineConfig):
+        if f.name in raw and (not fits[f.type.__name__](raw[f.name]) or raw[f.name] == 0 and f.name in ("r", "context_length", "conversation_length")):
+            raise UserError(f"{path}: {f.name} = {raw[f.name]!r} is not of the right kind or size")
+    return raw, ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
 
 
 class Conversation:

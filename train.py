@@ -5,14 +5,15 @@
     gist       as pretrain, and questions; no LoRA: the          memory embeddings, meta LoRA       the base of --model
                conversation sees the memory tokens themselves
     pretrain   reconstruction and completion (section 6)         memory embeddings, meta LoRA, M2P, the base or hypernetwork of --model
-                                                                 A of the LoRA (not with
-                                                                 --no-static-a, as in the paper)
+                                                                 A of the LoRA and a LoRA for
+                                                                 answering (with --no-static-a,
+                                                                 as in the paper, neither)
     finetune   questions about a text                            the same                           the hypernetwork of --model,
                                                                                                     a new one where there is none
 
     python train.py --stage pretrain                     on a base that ships, procedural texts, a few minutes
     python train.py --stage base --preset tiny --text DIR --qa FILE --minutes 40 --out runs/tiny
-    python train.py --stage pretrain --resume            exactly where a killed run stood
+    python train.py --stage pretrain --resume            exactly where a killed run stood, with its settings
     torchrun --nproc_per_node=4 train.py --stage pretrain
     python train.py --stage pretrain --base Qwen3-8B --preset paper --text DIR      the paper's settings, on its language model
     python train.py --stage pretrain --base qwen3-8b --preset paper --dry-run       what that takes, nothing allocated
@@ -47,11 +48,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (ASSETS, Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
-                  train_bpe)
+                  share, train_bpe)
 from m2p import AXES
 from model import (PRESETS, QWEN3, Config, LanguageModel, Recorded, UserError, pick_device, read_header, read_json, weight_files, write_file,
                    write_json)
-from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hypernet, load_tokenizer
+from shine import DEFAULT_MODEL, Shine, ShineConfig, answer_batch, holds_hypernet, hypernet_config, load_tokenizer
 
 STAGES = {  # the defaults of each stage; more of them in COMMON
     "base": dict(lr=2e-3, muon_lr=4e-3, warmup=100, batch=64, weight_decay=0.05, betas=(0.9, 0.98), curriculum=20000, minutes=30),
@@ -226,19 +227,24 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x, iterations):
     """x (n, out, in) = U S V^T -> about U V^T, each singular value between 0.7 and 1.2: x <- a x + (b G + c G G) x with G = x x^T."""
-    if wide := x.shape[1] > x.shape[2]:
+    if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
         G = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(G, G, G, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.mT if wide else x
+    return x.mT if tall else x
 
 
 def round_by_chance(x):
     """float32 -> float32 that bf16 holds exactly; right in the mean: the 16 bits that go are compared with random ones."""
     bits = x.view(torch.int32) + torch.randint_like(x, 2 ** 16, dtype=torch.int32)
     return (bits & ~0xFFFF).view(torch.float32)
+
+
+def matrices(trained):
+    """The names of the matrices of transformer layers, which Muon takes where it has a rate."""
+    return {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
 
 
 def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, dtype=torch.float32, read_lr=None):
@@ -248,7 +254,7 @@ def make_optimizers(module, lr, muon_lr, weight_decay, betas, moments16=False, d
     has the rest, with read_lr (default lr) for what reads: memory embeddings and meta LoRA. Weight decay on matrices only. dtype: of Muon's iterations.
     """
     trained = module.trained()
-    matrix = {n for n, p in trained.items() if p.dim() == 2 and "layers." in n}
+    matrix = matrices(trained)
     vectors = {n for n, p in trained.items() if p.dim() < 2 or n in ("memory", "m2p.layer_pe", "m2p.token_pe")}   # no decay
     reading = set(trained) & {"memory", "meta_lora"}
     pick = lambda names: [p for n, p in trained.items() if n in names]
@@ -334,7 +340,7 @@ class Watch:
     Batches differ too much for fewer steps. Of 24 runs (benchmarks/RUNS.md) it finds the one that did, and of the others none rose by 10 %."""
 
     def __init__(self, steps=100):
-        self.steps, self.seen, self.mean, self.lowest = steps, 0, 0.0, math.inf
+        self.steps, self.seen, self.mean, self.lowest = steps, 0, 0.0, 1e9
 
     def __call__(self, loss):
         self.seen += 1
@@ -375,32 +381,32 @@ def parse(argv):
     add("--batch", type=positive(int), help="examples of one pass and process")
     add("--accumulate", type=positive(int), help="passes of one optimizer step")
     add("--lr", type=positive(float), help="peak, of AdamW")
-    add("--muon-lr", type=float, help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
-    add("--read-lr", type=positive(float), help="peak, of AdamW for memory embeddings and meta LoRA (default: that of --lr, of a new hypernetwork in the stage pretrain a quarter)")
-    add("--warmup", type=int, help="steps")
-    add("--weight-decay", type=float)
-    add("--clip", type=float, default=1.0, help="gradient norm of each clipping group")
+    add("--muon-lr", type=positive(float, zero=True), help="peak, of Muon for the matrices of layers; 0: AdamW for everything")
+    add("--read-lr", type=positive(float), help="peak, of AdamW for memory embeddings and meta LoRA (default: that of --lr, with --m2p-norm in the stage pretrain a quarter)")
+    add("--warmup", type=positive(int, zero=True), help="steps")
+    add("--weight-decay", type=positive(float, zero=True))
+    add("--clip", type=positive(float), default=1.0, help="gradient norm of each clipping group")
     add("--text", help="folder of .txt / .txt.xz documents to mix in")
     add("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
     add("--strict", action="store_true", help="stop at a broken line of a QA file")
-    add("--text-share", type=float, help="share of real passages among the passages (default 0.5 where --text gives some)")
-    add("--record-share", type=float, help="share of real conversations among the conversations (default 0.15 where --qa gives some)")
-    add("--copy-share", type=float, default=0.2, help="stage base: share of examples that repeat or complete the text")
-    add("--plain-share", type=float, default=0.1, help="stage base: share of plain text, where --text gives some")
-    add("--wild-share", type=float, help="share (default 0.3) of generated values that are any word of the tokenizer")
-    add("--random-share", type=float, help="share (default 0.15) of passages to copy that are tokens in random order")
-    add("--question-share", type=float, help="share of question examples in the stages pretrain (default 0) and gist (0.6)")
-    add("--rival-share", type=float, help="share (default 0.25) of generated texts that say mostly one thing of several people")
-    add("--scene-share", type=float, help="share (default 0.25) of generated texts that are one scene of assets/scenes")
-    add("--company-share", type=float, help="share (default 0.5) of these scenes that stand in a text with one to three single facts about others")
-    add("--exchange-share", type=float, help="share (default 0.3) of the values of a scene's own lists that come from another scene's, among those that look alike")
+    add("--text-share", type=share, help="share of real passages among the passages (default 0.5 where --text gives some)")
+    add("--record-share", type=share, help="share of real conversations among the conversations (default 0.15 where --qa gives some)")
+    add("--copy-share", type=share, default=0.2, help="stage base: share of examples that repeat or complete the text")
+    add("--plain-share", type=share, default=0.1, help="stage base: share of plain text, where --text gives some")
+    add("--wild-share", type=share, help="share (default 0.3) of generated values that are any word of the tokenizer")
+    add("--random-share", type=share, help="share (default 0.15) of passages to copy that are tokens in random order")
+    add("--question-share", type=share, help="share of question examples in the stages pretrain (default 0) and gist (0.6)")
+    add("--rival-share", type=share, help="share (default 0.25) of generated texts that say mostly one thing of several people")
+    add("--scene-share", type=share, help="share (default 0.25) of generated texts that are one scene of assets/scenes")
+    add("--company-share", type=share, help="share (default 0.5) of these scenes that stand in a text with one to three single facts about others")
+    add("--exchange-share", type=share, help="share (default 0.3) of the values of a scene's own lists that come from another scene's, among those that look alike")
     add("--skip-scenes", default="", metavar="BEGINNINGS", help="scenes to leave out, by how their names begin (fh_,hm_), to test on them: benchmarks.quality --scenes")
-    add("--mined-share", type=float, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
-    add("--recall-share", type=float, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
+    add("--mined-share", type=share, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
+    add("--recall-share", type=share, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
     add("--conversations", type=positive(int), help="question examples: so many conversations about one text, as far as they fit (default 1; stage gist 4)")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
-    add("--curriculum", type=int, help="examples over which texts grow from 2 facts to --max-facts")
-    add("--packing", type=float, help="chance that one more short text joins a reconstruction example; 1: until it is full")
+    add("--curriculum", type=positive(int, zero=True), help="examples over which texts grow from 2 facts to --max-facts")
+    add("--packing", type=share, help="chance that one more short text joins a reconstruction example; 1: until it is full")
     add("--context-length", type=positive(int), help="longest text in tokens (default: that of --model, 192 for a new one)")
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
     add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
@@ -431,6 +437,11 @@ def parse(argv):
     add("--flops", type=positive(float), default=4e14, help="FLOP/s a GPU reaches, for --dry-run's times")
     add("--workers", type=positive(int, zero=True), default=1, help="processes that make the batches (a GPU eats what several make), the same in a resumed run; 0: the loop does")
     args = parser.parse_args(argv)
+    if args.resume:      # what is not said again is as it was
+        before, lasts = saved_args(args), ("steps", "minutes")
+        parser.set_defaults(**{name: value for name, value in before.items() if name in vars(args) and name not in ("resume", "dry_run", "model", "hypernet", "out", "device")
+                               and not (name in lasts and (args.steps or args.minutes))})
+        args = parser.parse_args(argv)
     defaults = COMMON | STAGES[args.stage]
     if args.tokenizer and (args.stage != "base" or args.model):
         raise UserError(f"--tokenizer {args.tokenizer} is for a new language model: --stage base without --model")
@@ -460,11 +471,24 @@ def parse(argv):
     for name, value in defaults.items():
         if getattr(args, name, None) is None and not (name == "minutes" and args.steps is not None):
             setattr(args, name, value)
-    if args.read_lr is None:      # reading that trains as fast as the rest comes apart in a long run
+    if args.read_lr is None and args.stage != "base":      # reading that trains as fast as the rest comes apart in a long run
         args.read_lr = args.lr / 4 if args.stage == "pretrain" and not args.preset and unit_memory_states(args) else args.lr
     if args.stage == "base" and args.model is None and not args.dry_run and args.preset in QWEN3:
         raise UserError(f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}")
     return args
+
+
+def saved_args(args):
+    """The settings of the run in --out, {} where there is none."""
+    out = Path(args.out or f"runs/{args.stage}")
+    try:
+        with safe_open(out / "state.safetensors", framework="pt") as file:
+            before = json.loads(file.metadata()["state"]).get("args", {})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):      # load_state says what is wrong
+        return {}
+    if before.get("stage", args.stage) != args.stage:
+        raise UserError(f"{out} holds a run of stage {before['stage']}: go on with --stage {before['stage']}")
+    return before if args.stage != "base" else before | {"read_lr": None}
 
 
 def unit_memory_states(args):
@@ -559,6 +583,8 @@ def refuse(args, out, device, rank, world):
     """What the folder of the run or the machine does not allow ends here, in one line."""
     if rank == 0 and not args.resume and (out / "state.safetensors").exists():
         raise UserError(f"{out} holds a run: go on with --resume, or choose another --out")
+    if rank == 0 and not args.resume and (held := [name for name in ("model.safetensors", "model.safetensors.index.json", "hypernet.json") if (out / name).exists()]):
+        raise UserError(f"{out} holds a model ({held[0]}), which this run would write over: choose another --out")
     if args.resume and not (out / "state.safetensors").is_file():
         raise UserError(f"--resume: {out / 'state.safetensors'} does not exist; start the run without --resume")
     if args.cuda_graphs and (device.type != "cuda" or world > 1 or args.checkpointing):
@@ -578,12 +604,12 @@ def open_log(args, out):
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
 
 
-def take_up(out, module, optimizers, args, say):
+def take_up(out, module, optimizers, args, world, say):
     """Restore a run from its folder -> its state; changed settings are named."""
     state = load_state(out, module, optimizers)
+    if (before := state.get("world", world)) != world:
+        say(f"note: the run had {before} process(es), now {world}: it goes on behind the examples it has met, but for a few that are met twice or never")
     for name, before in state.get("args", {}).items():
-        if name == "stage" and before != args.stage:
-            raise UserError(f"{out} holds a run of stage {before}: go on with --stage {before}")
         if name == "workers" and max(1, before) != max(1, args.workers):
             raise UserError(f"the run in {out} has --workers {before}: with {args.workers} it would meet some examples twice and others never; give the same")
         if name not in ("resume", "model", "out", "workers") and before != json.loads(json.dumps(vars(args).get(name))):
@@ -712,8 +738,10 @@ class Run:
         records = [read_conversations(path, args.strict) for path in args.qa]
         if args.resume:
             args.model = str(self.out)
-            args.base = args.base or read_json(self.out / "state.json").get("args", {}).get("base")
         self.module, self.model, self.tokenizer, self.shine = build(args, self.device, dtype, texts)
+        flag, wanted, given = ("--text", args.text_share, texts) if args.stage == "pretrain" else ("--qa", args.record_share, records)
+        if wanted == 1 and not given:
+            self.say(f"note: there is no {flag}, so all examples come from the procedural source")
         self.examples = Examples(args.stage, self.tokenizer, args.context_length, args.conversation_length, texts, records, args.seed, args.max_facts,
                                  **{name: getattr(args, name) for name in (
                                      "text_share", "record_share", "question_share", "curriculum", "copy_share", "plain_share", "wild_share", "packing",
@@ -723,8 +751,8 @@ class Run:
         self.optimizers, self.clips = make_optimizers(self.module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
         self.state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
         if args.resume:
-            self.state = {"waited": 0.0} | take_up(self.out, self.module, self.optimizers, args, self.say)
-        self.state["args"] = vars(args)
+            self.state = {"waited": 0.0} | take_up(self.out, self.module, self.optimizers, args, self.world, self.say)
+        self.state |= {"args": vars(args), "world": self.world}
         if args.compile:
             compile_layers(self.model, self.shine)
         self.graphs = Graphs(self.module) if args.cuda_graphs else None
@@ -789,7 +817,10 @@ class Run:
     def draw(self, data):
         """The batches of one step; the time this takes is added to `waited`."""
         started = time.perf_counter()
-        micro = [next(data) for _ in range(self.args.accumulate)]
+        try:
+            micro = [next(data) for _ in range(self.args.accumulate)]
+        except UserError as error:      # of a worker process, with its traceback in it
+            raise UserError(str(error).rstrip().splitlines()[-1].removeprefix("model.UserError: ")) from None
         self.state["waited"] += time.perf_counter() - started
         return micro
 
@@ -820,7 +851,8 @@ class Run:
     def train(self):
         """The loop of every stage. Pauses for scores and the checkpoints that are due are left out of its clock."""
         args, state, watch = self.args, self.state, Watch()
-        data = loader(self.examples, args, state["step"] * args.accumulate, self.rank, self.world, self.device)
+        vars(watch).update(state.get("watch", {}))
+        data = loader(self.examples, args, -(-state["samples"] // (args.batch * self.world)), self.rank, self.world, self.device)
         last = time.perf_counter()
         started = last - state["seconds"]
         micro = self.draw(data)
@@ -841,10 +873,12 @@ class Run:
             state |= {"step": state["step"] + 1, "samples": state["samples"] + args.batch * args.accumulate * self.world, "tokens": state["tokens"] + tokens,
                       "seconds": last - started}
             self.tell(loss, norms, lr, tokens, took, progress)
-            if self.bad == 0 and watch(loss):
+            if ill := self.bad == 0 and watch(loss):
                 go_back(self.out, self.module, self.optimizers, state, watch, self.rank, self.world, self.say)
-                self.checkpoint()      # a run that is killed now goes on from here
                 watch = Watch()
+            state["watch"] = vars(watch)
+            if ill:
+                self.checkpoint()      # a run that is killed now goes on from here
 
             progress = self.progress()
             due = now() >= next_eval or progress >= 1
@@ -908,7 +942,7 @@ def pass_peak(module, batch):
 
 
 def dry_run(args):
-    """Print what a run takes. Its passes run on the meta device, so memory is counted tensor by tensor, not by a formula."""
+    """Print what a run takes. Its passes run on the meta device, so activations are counted tensor by tensor, not by a formula."""
     if args.device == "cuda":      # also where there is none
         device, dtype, why = torch.device("cuda"), *((torch.float32, "CUDA, float32") if args.float32 else (torch.bfloat16, "CUDA, bf16"))
     else:
@@ -922,7 +956,13 @@ def dry_run(args):
             module, shine, length = Base(model), None, lambda name: getattr(args, name) or SIZES[name]
         else:
             stored = stored_dtype(name) if args.base and device.type == "cpu" else dtype         # as build does it
-            shine = Shine(model.to(stored), Ids(), new_config(args, config))
+            start = args.hypernet or args.model or (name if args.stage == "finetune" else None)
+            hyper = new_config(args, config)
+            if start and holds_hypernet(start) == "ours":      # its own, but for what the flags say
+                said = {"r": args.rank, "meta_r": args.meta_rank, "target_modules": args.target_modules, "static_a": args.static_a, "lora_layers": args.lora_layers,
+                        "answer_r": args.answer_rank, "context_length": args.context_length, "conversation_length": args.conversation_length}
+                hyper = replace(hypernet_config(start)[1], **{name: value for name, value in said.items() if value is not None})
+            shine = Shine(model.to(stored), Ids(), hyper)
             module = Gist(shine) if args.stage == "gist" else shine
             length = lambda name: getattr(shine.config, name)
         model.compute_dtype = dtype
@@ -955,7 +995,8 @@ def dry_run(args):
     frozen, frozen_count = sum(p.nbytes for p in frozen), sum(p.numel() for p in frozen)
     parts = {"memory": "memory embeddings", "meta_lora": "meta LoRA", "m2p": "M2P", "lora_a": "A of the LoRA", "answer_lora": "LoRA for answering"}
     sizes = {called: sum(p.numel() for n, p in trained.items() if n.split(".")[0] == part) for part, called in parts.items()}
-    moments = count * (4 if args.moments16 else 8)
+    muons = sum(trained[n].numel() for n in matrices(trained)) if args.muon_lr else 0
+    moments = (count - muons) * (4 if args.moments16 else 8) + muons * 4
     print(f"{args.stage}, {name}: L = {config.num_hidden_layers}, H = {config.hidden_size}, vocabulary {config.vocab_size:,}; {why}")
     print(f"parameters    frozen {frozen_count:,}, trained {count:,}"
           + (f" ({', '.join(f'{called} {size:,}' for called, size in sizes.items() if size)})" if shine else ""))
@@ -964,7 +1005,7 @@ def dry_run(args):
     print(f"pass          {B} x " + (f"({N} context + {S} conversation tokens)" if shine else f"{S} tokens")
           + f", {args.accumulate} of them a step, loss on all of the conversation")
     print("memory, GiB   activations kept   checkpointing   (this run: " + ("the second)" if args.checkpointing else "the first)"))
-    rows = {"frozen weights": frozen, "trained weights": count * 4, "gradients": count * 4, f"AdamW, {'bf16' if args.moments16 else 'float32'}": moments}
+    rows = {"frozen weights": frozen, "trained weights": count * 4, "gradients": count * 4, "Muon, AdamW" if muons else f"AdamW, {'bf16' if args.moments16 else 'float32'}": moments}
     for title, size in rows.items():
         print(f"  {title:18s}{gib(size)}{gib(size):>16s}")
     print(f"  {'activations':18s}{gib(activations[False])}{gib(activations[True]):>16s}")

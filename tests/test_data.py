@@ -309,6 +309,19 @@ def test_mined_examples_answer_from_their_piece_or_say_so(tokenizer):
     assert unknown
 
 
+def test_what_a_text_answers_twice_is_not_said_to_be_missing(tokenizer):
+    """A question of another text that this one answers too, even if not in one way, is not one that it leaves open."""
+    both, other = ("Tom took a basket to the market. Ann took a basket to the market. " * 9, "Eve took a basket to the market. " * 30)
+    assert data.Miner().asked(both)["Who took a basket?"] == ["Tom", "Ann"]
+    examples = Examples("finetune", tokenizer, 400, 500, texts=[both, other], mined_share=1.0, record_share=0.0)
+    found = [examples.record(random.Random(i)) for i in range(100)]
+    open_ones = {q.lower().rstrip("?") for piece, (turns,) in found if "Tom" in piece and "Ann" in piece
+                 for (_, q), (_, a) in zip(turns[::2], turns[1::2]) if a == data.UNKNOWN}
+    assert open_ones and not any(question.startswith("who took") for question in open_ones)
+    assert not any(question.startswith("Who did") for question, _ in data.Miner()("Tom carried the basket to the market."))
+    assert ("Who did Tom give the basket to?", "the king") in data.Miner()("Tom gave the basket to the king.")
+
+
 def test_rivals_say_one_thing_of_several_people(tokenizer, monkeypatch):
     """With --rival-share more of a text's facts come from one frame."""
     def repeats(share):

@@ -20,7 +20,7 @@ from conftest import ROOT, close
 from data import Examples, batches, collate, render
 from model import Config, UserError, flatten
 from shine import Shine, ShineConfig
-from train import Base, Watch, exact_match, f1_score, learning_rate, make_optimizers, normalize
+from train import STAGES, Base, Watch, exact_match, f1_score, learning_rate, make_optimizers, normalize
 
 TINY = ROOT / "checkpoints/tiny"
 BASE = ["--stage", "base", "--preset", "test", "--vocab-size", "400", "--batch", "4", "--eval-texts", "2", "--workers", "0",
@@ -235,7 +235,7 @@ def test_muon_is_torchs():
 
 
 def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatch):
-    """2 + stop + resume + 2 steps equal 4 steps: the schedule is that of --steps 4 in both."""
+    """2 + stop + resume + 2 steps equal 4 steps: the schedule is that of --steps 4 in both, and no flag has to be said again."""
     args, calls, real = BASE + ["--steps", "4", "--eval-every", "2", "--out", str(tmp_path)], [], train.evaluate
 
     def killed(*arguments):
@@ -247,10 +247,14 @@ def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train.main(args)
     monkeypatch.setattr(train, "evaluate", real)
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == 2
-    train.main(args + ["--resume"])
+    assert (half := json.loads((tmp_path / "state.json").read_text()))["step"] == half["watch"]["seen"] == 2
+    train.main(["--stage", "base", "--resume", "--out", str(tmp_path), "--device", "cpu"])
     a, b = load_file(tmp_path / "state.safetensors"), load_file(folder / "base/state.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    whole, straight = (json.loads((p / "state.json").read_text()) for p in (tmp_path, folder / "base"))
+    assert whole["watch"] == straight["watch"] and whole["samples"] == straight["samples"] == 16
+    args = train.parse(["--stage", "base", "--resume", "--out", str(tmp_path), "--minutes", "3", "--lr", "0.5"])
+    assert (args.steps, args.minutes, args.lr, args.muon_lr, args.batch, args.max_facts) == (None, 3, 0.5, STAGES["base"]["muon_lr"], 4, 2)
 
 
 def test_checkpoints_between_evaluations(folder, tmp_path, monkeypatch):
@@ -432,7 +436,7 @@ def test_a_lora_with_one_a_for_all_texts_trains_and_takes_over_a_hypernetwork(fo
     assert (new.memory - old.memory).abs().max() < 0.02      # one step away
     more = ["--stage", "pretrain", "--model", str(folder / "pre"), "--hypernet", str(tmp_path / "on"), "--answer-rank", "2", "--lora-layers", "1", "--out", str(tmp_path / "beside"), "--steps"]
     train.main(more + ["2"] + BASE[4:])
-    train.main(more + ["3", "--resume"] + BASE[4:])
+    train.main(["--stage", "pretrain", "--resume", "--out", str(tmp_path / "beside"), "--steps", "3", "--device", "cpu"])
     beside = Shine.load(tmp_path / "beside")
     assert beside.config == replace(new.config, answer_r=2, lora_layers=1) and beside.answer_lora.abs().max() > 0 and beside.generate_lora("A hat.").ranks["layers.0.self_attn.q_proj"] == 2
     with pytest.raises(UserError, match="--answer-rank 3: the hypernetwork in .* has 2"):
@@ -482,7 +486,9 @@ def test_two_processes_give_the_loss_of_one_with_twice_the_batch(folder, tmp_pat
 def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
     with pytest.raises(UserError, match="holds a run"):
         train.main(BASE + ["--steps", "1", "--out", str(folder / "base")])
-    with pytest.raises(UserError, match="another stage|stage"):
+    with pytest.raises(UserError, match="holds a model .* choose another --out"):
+        train.main(["--stage", "pretrain", "--model", str(TINY), "--out", str(TINY), "--steps", "1"] + BASE[4:])
+    with pytest.raises(UserError, match="go on with --stage pretrain"):
         train.main(["--stage", "finetune", "--model", str(folder / "pre"), "--resume", "--out", str(folder / "pre"), "--steps", "9"] + BASE[4:])
 
 
@@ -494,6 +500,32 @@ def test_bad_arguments_end_in_one_line_and_status_2(arguments, word, tmp_path):
     command = [sys.executable, "train.py", "--stage", "base", "--preset", "test", "--vocab-size", "300", "--steps", "1", "--out", str(tmp_path / "run")]
     run = subprocess.run(command + arguments, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and word in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--scene-share", "50"], ["--recall-share", "nan"], ["--clip", "0"], ["--clip", "-1"], ["--weight-decay", "-0.1"], ["--muon-lr", "-1"],
+                                       ["--curriculum", "-100"], ["--warmup", "-1"]])
+def test_a_setting_out_of_range_is_refused(arguments):
+    with pytest.raises(UserError, match=f"argument {arguments[0]}: {arguments[1]} is not"):
+        train.parse(["--stage", "base", *arguments])
+
+
+class Refusing(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        raise UserError("1,000 examples in a row are too long")
+
+
+def test_what_a_worker_complains_of_is_one_line():
+    job = argparse.Namespace(args=argparse.Namespace(accumulate=1), state={"waited": 0.0})
+    with pytest.raises(UserError, match="^1,000 examples in a row are too long$"):
+        train.Run.draw(job, iter(torch.utils.data.DataLoader(Refusing(), batch_size=None, num_workers=1)))
+
+
+def test_a_dry_run_has_the_sizes_of_the_hypernetwork_it_goes_on_from(capsys):
+    counted = train.main(["--stage", "finetune", "--model", str(TINY), "--dry-run", "--device", "cpu"])
+    assert counted["trained"] == sum(t.numel() for t in load_file(TINY / "hypernet.safetensors").values())
+    assert "Muon, AdamW" in (out := capsys.readouterr().out) and "(192 context + 256 conversation tokens)" in out
+    muons = sum(p.numel() for n, p in load_file(TINY / "hypernet.safetensors").items() if n.startswith("m2p.transformer_layers") and p.dim() == 2)
+    assert counted["total"][False] - counted["activations"][False] == counted["frozen_bytes"] + 16 * counted["trained"] - 4 * muons
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(folder, tmp_path, monkeypatch):
