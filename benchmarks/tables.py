@@ -89,7 +89,7 @@ def quality():
                         for name, pair in back.items() if pair[0].get("written out", {"texts": 0})["texts"] >= 50)
     bf16 = ", ".join(f"{model} " + " / ".join(f"{read(f'bf16/{model}_{name}')['conditions']['shine']['groups']['all']['em']['mean']:.1f}"
                                               for name in ("generated", "strangers", "strangers_test")) for model in MODELS)
-    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nOf what they read of a set's first 200 texts small / tiny give back, in % of tokens, each behind the true ones before it: {tokens}. " \
+    return "\n".join(lines) + f"\n\nF1 of small (SHINE / text in the prompt / question alone): {f1}.\nReconstruction of a set's first 200 texts, small / tiny, in % of tokens, each right behind the true ones before it: {tokens}. " \
         + f"Texts of up to 128 tokens that are without an error when written out with nothing but the LoRA, in % (behind their number): {written}." \
         + f"\nAll in float32. In bf16 SHINE has, generated / strangers dev / strangers test: {bf16}."
 
