@@ -364,7 +364,8 @@ def go_back(out, module, optimizers, state, watch, rank, world, say):
         f", the rates are now {state['slowed']:g} of what they were to be")
 
 
-def parse(argv):
+def flags():
+    """The parser of the command line; None where a default depends on the stage."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stage", required=True, choices=STAGES)
@@ -436,36 +437,44 @@ def parse(argv):
     add("--dry-run", action="store_true", help="print parameters, memory and FLOPs of such a run and exit; nothing is allocated")
     add("--flops", type=positive(float), default=4e14, help="FLOP/s a GPU reaches, for --dry-run's times")
     add("--workers", type=positive(int, zero=True), default=1, help="processes that make the batches (a GPU eats what several make), the same in a resumed run; 0: the loop does")
+    return parser
+
+
+def check_flags(args):
+    """Refuse flags that do not fit the stage or each other."""
+    base, paper = args.stage == "base", str(args.preset).startswith("paper")
+    fits = [preset for stage, preset in PAPER_STAGES if stage == args.stage]
+    for wrong, complaint in (
+            (args.tokenizer and (not base or args.model), f"--tokenizer {args.tokenizer} is for a new language model: --stage base without --model"),
+            (base and (args.base or paper), f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages gist, pretrain and finetune; "
+                                            "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR"),
+            (base and args.hypernet, f"--hypernet {args.hypernet} is for the stages gist, pretrain and finetune: stage base has no hypernetwork"),
+            (base and args.read_lr, "--read-lr is for the stages gist, pretrain and finetune: stage base has no memory embeddings and no meta LoRA"),
+            (base and args.shard, "--shard spreads a frozen language model: stages gist, pretrain and finetune"),
+            (base and args.preset in QWEN3 and not (args.model or args.dry_run), f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}"),
+            (not base and args.preset and args.preset not in fits, f"--preset {args.preset} is not one of stage {args.stage}: " + " or ".join([*fits, "none"])),
+            (not base and args.preset and not (args.steps or args.minutes or args.dry_run),
+             f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, two over the MQA data, one over the 1QA data)"),
+            # a compiled layer would be compiled again for each state of the MemoryCache
+            (args.stage == "gist" and args.compile, "--compile is for the other stages: in the stage gist layers pass keys and values on, which is not compiled; leave it out")):
+        if wrong:
+            raise UserError(complaint)
+
+
+def parse(argv):
+    """Flags -> namespace: what is said; of a resumed run what is not said as it was; else the defaults of the stage."""
+    parser = flags()
     args = parser.parse_args(argv)
-    if args.resume:      # what is not said again is as it was
-        before, lasts = saved_args(args), ("steps", "minutes")
-        parser.set_defaults(**{name: value for name, value in before.items() if name in vars(args) and name not in ("resume", "dry_run", "model", "hypernet", "out", "device")
-                               and not (name in lasts and (args.steps or args.minutes))})
+    if args.resume:
+        lasts, ours = {"steps", "minutes"} if args.steps or args.minutes else set(), {"resume", "dry_run", "model", "hypernet", "out", "device"}
+        parser.set_defaults(**{name: value for name, value in saved_args(args).items() if name in vars(args) and name not in lasts | ours})
         args = parser.parse_args(argv)
+    check_flags(args)
     defaults = COMMON | STAGES[args.stage]
-    if args.tokenizer and (args.stage != "base" or args.model):
-        raise UserError(f"--tokenizer {args.tokenizer} is for a new language model: --stage base without --model")
     if args.stage == "base":
-        if args.base or str(args.preset).startswith("paper"):
-            raise UserError(f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages gist, pretrain and finetune; "
-                            "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR")
-        if args.hypernet:
-            raise UserError(f"--hypernet {args.hypernet} is for the stages gist, pretrain and finetune: stage base has no hypernetwork")
-        if args.read_lr:
-            raise UserError("--read-lr is for the stages gist, pretrain and finetune: stage base has no memory embeddings and no meta LoRA")
-        if args.shard:
-            raise UserError("--shard spreads a frozen language model: stages gist, pretrain and finetune")
         args.preset = args.preset or "tiny"
     elif args.preset:
-        if (args.stage, args.preset) not in PAPER_STAGES:
-            raise UserError(f"--preset {args.preset} is not one of stage {args.stage}: "
-                            + " or ".join([*(p for s, p in PAPER_STAGES if s == args.stage), "none"]))
         defaults |= PAPER | PAPER_STAGES[args.stage, args.preset]
-        if not (args.steps or args.minutes or args.dry_run):
-            raise UserError(f"--preset {args.preset}: say how long with --steps N or --minutes M (the paper: one pass over its 6 B tokens, "
-                            "two over the MQA data, one over the 1QA data)")
-    elif args.stage == "gist" and args.compile:      # a compiled layer would be compiled again for each state of the MemoryCache
-        raise UserError("--compile is for the other stages: in the stage gist layers pass keys and values on, which is not compiled; leave it out")
     elif args.stage == "pretrain" and not unit_memory_states(args):      # without them the higher rates are worse than the lower ones
         defaults |= {name: STAGES["finetune"][name] for name in ("lr", "muon_lr")}
     for name, value in defaults.items():
@@ -473,8 +482,6 @@ def parse(argv):
             setattr(args, name, value)
     if args.read_lr is None and args.stage != "base":      # reading that trains as fast as the rest comes apart in a long run
         args.read_lr = args.lr / 4 if args.stage == "pretrain" and not args.preset and unit_memory_states(args) else args.lr
-    if args.stage == "base" and args.model is None and not args.dry_run and args.preset in QWEN3:
-        raise UserError(f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}")
     return args
 
 
