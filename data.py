@@ -46,7 +46,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\
 QWEN_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
                 r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 QWEN_SPECIAL = SPECIAL[:3]
-BLANK = 500_000
+BLANK = 500_000      # characters of white space in a row, from twice of which on tiktoken's regular expression runs out of stack
 UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
 
 
@@ -131,7 +131,7 @@ class Tokenizer:
         if not text:
             return []
         text = text.encode("utf-8", "replace").decode()      # a lone surrogate cannot be encoded
-        if len(text) > BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > BLANK:      # tiktoken's regular expression would run out of stack
+        if len(text) > BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > BLANK:
             raise UserError(f"more than {BLANK:,} characters of white space in a row: take some out")
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
@@ -401,10 +401,6 @@ def read_lines(path):
 
 SLOT = re.compile(r"\{(\w)('s|\.\w+|\^)?\}")
 OWNED = re.compile(r"(\w+(?: old)? \w+) (\{\w's\} [^{}]+?)( called)?\?")       # "What is {A's} sister called?": may be asked "And her sister?"
-SMALL_WORDS = frozenset("a about across after against all along among an and are around as at because been before behind below beneath beside between beyond by "
-                        "can did do does down during every for from had has have he her his if in inside into is it its my near next no not of off on "
-                        "one only onto our out outside over past she since so some that the their they through to too two under until up was we were "
-                        "what when where which while who whose will with without you your".split())      # see outline
 CAST = {"person": 4, "pet": 2, "town": 2}      # how many of them a text has at most: see Source.make_cast
 CLAUSE = re.compile(r"(^|[.,;:!?]|\b(and|but|that|which|when|where|while|because|since|before|after|as|if|though|although|so|or|until|is|was|does|did|has|can|will))\s*$", re.I)
 
@@ -495,9 +491,9 @@ def outline(value):
     (True, False)
     """
     ending = lambda word: next((end for end in ("ing", "ed", "er", "ly", "s") if word.endswith(end)), "")      # noqa: E731
-    words = value.split()
-    small = len(words) > 1 and words[0] in SMALL_WORDS
-    head = [word for word in words[:2] if word in SMALL_WORDS] if small else [value[0].isupper(), value[0].isalpha(), ending(words[0])]
+    words, little = value.split(), Miner.COMMON | Miner.PREPOSITIONS
+    small = len(words) > 1 and words[0] in little
+    head = [word for word in words[:2] if word in little] if small else [value[0].isupper(), value[0].isalpha(), ending(words[0])]
     return *head, ending(words[-1]), min(len(words), 4)
 
 
@@ -1002,7 +998,12 @@ class Miner:
 
     def __call__(self, text):
         """-> [(question, answer)] of the questions with one answer"""
-        return [(question, answers[0]) for question, answers in self.asked(text).items() if len(answers) == 1]
+        return self.sure(self.asked(text))
+
+    @staticmethod
+    def sure(asked):
+        """{question: [answers]} -> [(question, answer)] of those with one"""
+        return [(question, answers[0]) for question, answers in asked.items() if len(answers) == 1]
 
     def asked(self, text):
         """-> {question: [answers that the text gives]}"""
@@ -1329,7 +1330,7 @@ class Examples:
                 last += 1
             piece = " ".join(sentences[first:last])
             asked = self.miner.asked(piece)
-            if pairs := [(question, answers[0]) for question, answers in asked.items() if len(answers) == 1]:
+            if pairs := self.miner.sure(asked):
                 pairs = [(casual(question, rng), answer) for question, answer in rng.sample(pairs, min(8, len(pairs)))]
                 if rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in asked:
                     pairs.insert(rng.randrange(len(pairs) + 1), (casual(foreign[0], rng), UNKNOWN))

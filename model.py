@@ -78,18 +78,12 @@ class Config:
                     ("hidden_act", "silu"), ("quantization_config", None)))):
             if value != plain:
                 raise UserError(f"{folder}/config.json: {key} = {value!r} is not supported" + (f", only {plain!r}" if plain else ""))
-        known = {f.name for f in fields(cls)}
         missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} - set(raw)
         if missing:
             raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
         for key, default in (("head_dim", 128), ("num_key_value_heads", 32), ("tie_word_embeddings", False)):   # Qwen3's own
             raw.setdefault(key, default)
-        kind = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v > 0,
-                "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
-        wrong = [f.name for f in fields(cls) if f.name in raw and not kind[getattr(f.type, "__name__", f.type)](raw[f.name])]
-        if wrong:
-            raise UserError(f"{folder}/config.json: {wrong[0]} = {raw[wrong[0]]!r} is not of the right kind or size")
-        return cls(**{k: v for k, v in raw.items() if k in known})
+        return from_json(cls, raw, f"{folder}/config.json")
 
     def save(self, folder):
         head = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False}
@@ -896,6 +890,16 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return value
+
+
+def from_json(cls, raw, path, zero=()):
+    """A dataclass of what the JSON object `raw` has of its fields, each of the right kind; numbers are above 0, of the fields `zero` at least that."""
+    for f in (f for f in fields(cls) if f.name in raw):
+        value, whole = raw[f.name], type(raw[f.name]) is int
+        if not {str: isinstance(value, str), bool: isinstance(value, bool), int: whole and value >= (f.name not in zero),
+                float: (whole or isinstance(value, float)) and 0 < value < math.inf}[f.type]:
+            raise UserError(f"{path}: {f.name} = {value!r} is not of the right kind or size")
+    return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
 
 def weight_files(folder):

@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from torch import nn
 
 from data import Ids, Parser, Tokenizer, pad, positive, render, run
 from m2p import M2P, memory_tokens
-from model import (Decoder, LanguageModel, MemoryCache, Recorded, UserError, check_tensors, cut, flatten, lora_layout, lora_size, map_lora, pick_device,
+from model import (Decoder, LanguageModel, MemoryCache, Recorded, UserError, check_tensors, cut, flatten, from_json, lora_layout, lora_size, map_lora, pick_device,
                    new_folder, read_json, read_tensors, weight_files, write_file, write_json)
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints/small"      # checkpoints/tiny beside it is smaller and faster, and knows less
@@ -527,12 +527,7 @@ class Shine(nn.Module):
 def hypernet_config(folder):
     """-> (folder/hypernet.json, the ShineConfig in it)"""
     raw = read_json(path := Path(folder) / "hypernet.json")
-    fits = {"bool": lambda v: isinstance(v, bool), "int": lambda v: type(v) is int and v >= 0, "str": lambda v: isinstance(v, str),
-            "float": lambda v: type(v) in (int, float) and 0 < v < math.inf}
-    for f in fields(ShineConfig):
-        if f.name in raw and (not fits[f.type.__name__](raw[f.name]) or raw[f.name] == 0 and f.name in ("r", "context_length", "conversation_length")):
-            raise UserError(f"{path}: {f.name} = {raw[f.name]!r} is not of the right kind or size")
-    return raw, ShineConfig(**{f.name: raw[f.name] for f in fields(ShineConfig) if f.name in raw})
+    return raw, from_json(ShineConfig, raw, path, zero=("meta_r", "m2p_layers", "m2p_heads", "lora_layers", "answer_r"))
 
 
 class Conversation:

@@ -466,8 +466,8 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     if args.resume:
-        lasts, ours = {"steps", "minutes"} if args.steps or args.minutes else set(), {"resume", "dry_run", "model", "hypernet", "out", "device"}
-        parser.set_defaults(**{name: value for name, value in saved_args(args).items() if name in vars(args) and name not in lasts | ours})
+        anew = {"resume", "dry_run", "model", "hypernet", "out", "device"} | ({"steps", "minutes"} if args.steps or args.minutes else set())
+        parser.set_defaults(**{name: value for name, value in saved_args(args).items() if name in vars(args) and name not in anew})
         args = parser.parse_args(argv)
     check_flags(args)
     defaults = COMMON | STAGES[args.stage]
@@ -516,6 +516,14 @@ def new_config(args, config):
                        size["lora_layers"], size["answer_rank"])
 
 
+FLAGS = {"r": "rank", "meta_r": "meta_rank", "answer_r": "answer_rank"}      # fields of ShineConfig whose flag has another name
+
+
+def asked_sizes(args, *names):
+    """{field of ShineConfig: what its flag says} of those that are given."""
+    return {name: value for name in names if (value := getattr(args, FLAGS.get(name, name))) is not None}
+
+
 def shipped(device):
     """The folder that ships whose language model a run starts from: on a CPU the smaller one, which learns in minutes."""
     return DEFAULT_MODEL if device.type == "cuda" else DEFAULT_MODEL.parent / "tiny"
@@ -550,18 +558,17 @@ def build(args, device, dtype, texts):
         if args.meta_rank and args.meta_rank > c.meta_r > 0 and not args.resume:
             shine.grow_meta_lora(args.meta_rank, args.seed)
             c = shine.config
-        asked = {"r": args.rank, "target_modules": args.target_modules, "static_a": args.static_a, "lora_layers": args.lora_layers, "answer_r": args.answer_rank}
+        asked = asked_sizes(args, "r", "target_modules", "static_a", "lora_layers", "answer_r")
         if args.static_a and not c.static_a and not args.target_modules:      # as a new one: see new_config
             asked |= {"r": args.rank or shine.M, "target_modules": "down_proj"}
-        if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v not in (None, getattr(c, k))}):
+        if args.hypernet and not args.resume and (asked := {k: v for k, v in asked.items() if v != getattr(c, k)}):
             source = Source()
             shine = shine.retargeted(replace(c, **asked), [source.sample(random.Random(args.seed + i), 1)["context"] for i in range(64)], args.seed)
             c = shine.config
-        for name, value in (("rank", c.r), ("meta_rank", c.meta_r), ("m2p_layers", c.m2p_layers), ("m2p_axes", c.m2p_axes), ("m2p_norm", c.m2p_norm),
-                            ("target_modules", c.target_modules), ("static_a", c.static_a), ("lora_layers", c.lora_layers), ("answer_rank", c.answer_r)):
-            if getattr(args, name) not in (None, value):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: the hypernetwork in {start} has {value}")
-        shine.config = replace(c, **{name: getattr(args, name) or getattr(c, name) for name in ("context_length", "conversation_length")})
+        for name, value in asked_sizes(args, "r", "meta_r", "m2p_layers", "m2p_axes", "m2p_norm", "target_modules", "static_a", "lora_layers", "answer_r").items():
+            if value != getattr(c, name):
+                raise UserError(f"--{FLAGS.get(name, name).replace('_', '-')} {value}: the hypernetwork in {start} has {getattr(c, name)}")
+        shine.config = replace(c, **asked_sizes(args, "context_length", "conversation_length"))
     elif args.base and args.model:
         raise UserError(f"{start} holds no hypernetwork (hypernet.json or metanetwork.pth)")
     else:
@@ -964,12 +971,9 @@ def dry_run(args):
         else:
             stored = stored_dtype(name) if args.base and device.type == "cpu" else dtype         # as build does it
             start = args.hypernet or args.model or (name if args.stage == "finetune" else None)
-            hyper = new_config(args, config)
-            if start and holds_hypernet(start) == "ours":      # its own, but for what the flags say
-                said = {"r": args.rank, "meta_r": args.meta_rank, "target_modules": args.target_modules, "static_a": args.static_a, "lora_layers": args.lora_layers,
-                        "answer_r": args.answer_rank, "context_length": args.context_length, "conversation_length": args.conversation_length}
-                hyper = replace(hypernet_config(start)[1], **{name: value for name, value in said.items() if value is not None})
-            shine = Shine(model.to(stored), Ids(), hyper)
+            own = start and holds_hypernet(start) == "ours"
+            shine = Shine(model.to(stored), Ids(), replace(hypernet_config(start)[1], **asked_sizes(
+                args, "r", "meta_r", "target_modules", "static_a", "lora_layers", "answer_r", "context_length", "conversation_length")) if own else new_config(args, config))
             module = Gist(shine) if args.stage == "gist" else shine
             length = lambda name: getattr(shine.config, name)
         model.compute_dtype = dtype

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import close
 from data import Examples, collate, render
 from model import Config, LanguageModel, UserError, cut, flatten, lora_size, rope
-from shine import Conversation, LoRA, Shine, ShineConfig, absorb, answer_batch, fingerprint, inspect
+from shine import Conversation, LoRA, Shine, ShineConfig, absorb, answer_batch, chat, fingerprint, inspect
 from train import save_base
 
 
@@ -173,6 +173,21 @@ def test_a_turn_reads_only_what_is_new(shine, monkeypatch):
             assert read[0] == len(prompt) if question == "Who?" else read[0] <= len(prompt) - before
             assert answer == answer_batch(shine.base, shine.tokenizer, [talk.turns[:-1]], talk.lora, talk.context and ["Mara has a parrot."], max_new_tokens=4)[0]
             before = len(prompt)
+
+
+def test_who_is_compared_with_knows_the_whole_conversation(shine, monkeypatch):
+    """Also what was said while the comparison was off."""
+    lines, known = iter(["/compare", "One?", "/compare", "Two?", "/compare", "Three?", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+    def asked(self, question):
+        known.append([said for role, said in self.turns if role == "user"])
+        self.turns = self.turns + [("user", question), ("assistant", "x")]
+        return "x"
+    monkeypatch.setattr(Conversation, "ask", asked)
+    lora = shine.generate_lora("A red hat.")
+    chat(shine, lora, "A red hat.", {"max_new_tokens": 2}, lambda *_: None, Conversation(shine, lora, max_new_tokens=2))
+    assert known == [[], [], ["One?", "Two?"], ["One?", "Two?"]]
 
 
 def test_stopping_an_answer_early_keeps_the_turn(shine):

@@ -248,12 +248,14 @@ def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatc
         train.main(args)
     monkeypatch.setattr(train, "evaluate", real)
     assert (half := json.loads((tmp_path / "state.json").read_text()))["step"] == half["watch"]["seen"] == 2
-    train.main(["--stage", "base", "--resume", "--out", str(tmp_path), "--device", "cpu"])
+    bare = ["--stage", "base", "--resume", "--out", str(tmp_path), "--device", "cpu"]
+    assert train.parse(bare).steps == 4
+    train.main(bare)
     a, b = load_file(tmp_path / "state.safetensors"), load_file(folder / "base/state.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     whole, straight = (json.loads((p / "state.json").read_text()) for p in (tmp_path, folder / "base"))
     assert whole["watch"] == straight["watch"] and whole["samples"] == straight["samples"] == 16
-    args = train.parse(["--stage", "base", "--resume", "--out", str(tmp_path), "--minutes", "3", "--lr", "0.5"])
+    args = train.parse([*bare, "--minutes", "3", "--lr", "0.5"])
     assert (args.steps, args.minutes, args.lr, args.muon_lr, args.batch, args.max_facts) == (None, 3, 0.5, STAGES["base"]["muon_lr"], 4, 2)
 
 
