@@ -12,7 +12,7 @@ A mask of ones only may be absent: train.gradients leaves it out.
 
 One conversation (tokens between bars, the ones that carry loss in capitals); ids and weights come from one call:
 
-    <|im_start|>|user|\n| where| is| the| parrot|?|<|im_end|>|\n|<|im_start|>|assistant|\n| THE| LIGHTHOUSE|<|IM_END|>|\n
+    <|im_start|>|us|er|\n| where| is| the| parrot|?|<|im_end|>|\n|<|im_start|>|ass|ist|ant|\n| THE| LIGHTHOUSE|<|IM_END|>|\n
 
 `python data.py` prints examples of every task in colour; `python data.py --write FILE --count 1000` writes a held-out
 evaluation set as JSON lines.
@@ -163,6 +163,8 @@ class Tokenizer:
         raw = read_json(path)
         try:
             ranks = {base64.b64decode(token): i for i, token in enumerate(raw["ranks"])}
+            if missing := {bytes([b]) for b in range(256)} - set(ranks):
+                raise ValueError(f"{len(missing)} of the 256 bytes are missing")
             return cls(ranks, raw["pattern"], raw["special"], raw["prefix_space"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not one of our tokenizers ({error!r})") from None
@@ -852,11 +854,13 @@ def small_talk(folder=ASSETS):
 
 
 # ---------------------------------------------------------------------------- real data
-def read_texts(folder):
-    """Documents of all .txt and .txt.xz files of a folder; a line <|endoftext|> ends one. -> [str]"""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.name.endswith((".txt", ".txt.xz")))
+def read_texts(path):
+    """Documents of a .txt or .txt.xz file, or of all such files of a folder; a line <|endoftext|> ends one. -> [str]"""
+    if not Path(path).exists():
+        raise UserError(f"{path} is not there: give a folder of .txt or .txt.xz files, or one of them")
+    paths = sorted(p for p in (Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]) if p.name.endswith((".txt", ".txt.xz")))
     if not paths:
-        raise UserError(f"{folder} holds no .txt or .txt.xz file")
+        raise UserError(f"{path} {'holds no' if Path(path).is_dir() else 'is not a'} .txt or .txt.xz file")
     documents = []
     for path in paths:
         try:
@@ -895,7 +899,7 @@ def read_conversations(path, strict=False, say=lambda line: print(line, file=sys
         try:
             record = json.loads(line)
             wrong = check(record) if isinstance(record, dict) else "not a JSON object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             wrong = f"not JSON ({error})"
         if wrong is None:
             records.append(record)
@@ -1244,7 +1248,7 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0, skip_scenes=""):
+                 conversations=1, max_turns=10, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0, skip_scenes=""):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -1267,6 +1271,7 @@ class Examples:
         self.long = [t for t in texts if len(t) > 400]
         self.recall_share = recall_share          # share of question examples that ask for the whole text too
         self.conversations = conversations        # about one text in a question example: at most so many, as far as they fit
+        self.max_turns = max_turns                # questions of one conversation, at most 8 on a real text
         self.rival_share = rival_share            # share of generated texts whose facts are mostly of one kind, about several people
         self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
@@ -1305,8 +1310,8 @@ class Examples:
             record = rng.choice(rng.choice(self.records))
             turns = [(t["role"], t["content"]) for t in record["conversations"]]
             context, pairs = excerpt(record["context"], [turns[i:i + 2] for i in range(0, len(turns), 2)], 3 * self.context_length, rng)
-            if len(pairs) > 8:
-                pairs = pairs[(start := rng.randrange(len(pairs) - 7)):start + 8]
+            if len(pairs) > (most := min(8, self.max_turns)):
+                pairs = pairs[(start := rng.randrange(len(pairs) - most + 1)):start + most]
             found = context, pairs
         elif self.long and rng.random() < self.mined_share:
             found = self.mine(rng)
@@ -1318,8 +1323,15 @@ class Examples:
             numbers = [1 if rng.random() < 0.1 else rng.randint(3, 10)]
         else:      # many short ones: the first question is the hardest, since no earlier answer spells a word of the text
             numbers = rng.choices((1, 2, 3, 5, 8), (10, 4, 2, 2, 1), k=count)
+        numbers = [min(n, self.max_turns) for n in numbers]
         sample = self.source.sample(rng, n_turns=numbers[0], others=numbers[1:], again=again)
         return sample["context"], [[(t["role"], t["content"]) for t in turns] for turns in (sample["conversations"], *sample.get("others", ())) if turns]
+
+    def fitting(self, turns, context=None, context_weight=0.0):
+        """`render` of as many of a conversation's first questions as there is room for; one at least."""
+        room = self.conversation_length + (self.context_length if context else 0)
+        ids, weights = render(self.tokenizer, turns, context, context_weight=context_weight)
+        return (ids, weights) if len(ids) <= room or len(turns) <= 2 else self.fitting(turns[:-2], context, context_weight)
 
     def mine(self, rng):
         """Sentences in a row of a plain text and up to 8 questions that they answer, (text, [(turn, turn)]), or None."""
@@ -1331,8 +1343,8 @@ class Examples:
             piece = " ".join(sentences[first:last])
             asked = self.miner.asked(piece)
             if pairs := self.miner.sure(asked):
-                pairs = [(casual(question, rng), answer) for question, answer in rng.sample(pairs, min(8, len(pairs)))]
-                if rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in asked:
+                pairs = [(casual(question, rng), answer) for question, answer in rng.sample(pairs, min(8, self.max_turns, len(pairs)))]
+                if len(pairs) < self.max_turns and rng.random() < 0.3 and (other := self.miner(rng.choice(self.long)[:2000])) and (foreign := rng.choice(other))[0] not in asked:
                     pairs.insert(rng.randrange(len(pairs) + 1), (casual(foreign[0], rng), UNKNOWN))
                 return piece, [(("user", question), ("assistant", answer)) for question, answer in pairs]
         return None
@@ -1351,7 +1363,7 @@ class Examples:
             known = {reply for _, reply in small_talk()}
             turns = [(role, content if role == "user" or content in known else NO_TEXT) for role, content in turns[:4]]
             return None, *render(tok, turns)
-        return None, *render(tok, turns, context, context_weight=text_weight)
+        return None, *self.fitting(turns, context, text_weight)
 
     def pretrain(self, rng):
         tok = self.tokenizer
@@ -1370,7 +1382,7 @@ class Examples:
 
     def finetune(self, rng):
         context, conversations = self.record(rng, self.conversations)
-        rows = [render(self.tokenizer, turns) for turns in conversations]
+        rows = [self.fitting(turns) for turns in conversations]
         if rng.random() < self.recall_share:      # its many tokens count less, or the answers would be drowned
             ids, weights = render(self.tokenizer, [("user", [self.tokenizer.recon]), ("assistant", context)])
             rows.insert(1, (ids, [0.3 * w for w in weights]))
@@ -1454,7 +1466,7 @@ def main(argv=None):
     parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="of the texts to write")
     parser.add_argument("--facts", type=positive(int), help="facts in each text to write (default: 1 to 8)")
     parser.add_argument("--turns", type=positive(int), help="questions on each text to write (default: 1 to 8)")
-    parser.add_argument("--text", help="folder of .txt or .txt.xz files to mix in")
+    parser.add_argument("--text", help="folder of .txt or .txt.xz files to mix in, or one file")
     parser.add_argument("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
     parser.add_argument("--strict", action="store_true", help="stop at a broken line of a QA file")
     args = parser.parse_args(argv)
@@ -1471,13 +1483,12 @@ def main(argv=None):
     for name in ("reconstruction", "completion", "several texts in one example", "multi-turn questions", "one question", "questions on a scene",
                  "language modelling, the text in the prompt"):
         print(f"\n=== {name}")
-        examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0)
+        examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0, scene_share=float("scene" in name),
+                            record_share=0.0 if "scene" in name else 0.5, max_turns=1 if name == "one question" else 4)
         for i in range(args.count):
             if "question" in name:
-                examples.source.scene_share = float("scene" in name)
-                sample = examples.source.sample(rng, n_turns=1 if name == "one question" else 4)
-                turns = [(t["role"], t["content"]) for t in sample["conversations"]]
-                show(tokenizer, tokenizer.encode(sample["context"]), *render(tokenizer, turns))
+                context, (turns,) = examples.record(rng)
+                show(tokenizer, tokenizer.encode(context), *render(tokenizer, turns))
             elif "prompt" in name:
                 show(tokenizer, *examples(args.seed + i))
             else:

@@ -1003,4 +1003,4 @@ def new_folder(path):
 
 
 def write_json(path, value):
-    write_file(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_file(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace"))

@@ -82,8 +82,13 @@ class LoRA(list):
         """{linear of a layer: its rank}, "layers.0.mlp.down_proj": 72"""
         return {f"layers.{i}.{name}": B.shape[-2] for i, layer in enumerate(self) for name, (_, B) in layer.items()}
 
+    @property
+    def rows(self):
+        return len(next(iter(self[-1].values()))[1])      # of B: A may be shared
+
     def row(self, i):
-        """The LoRA of one row of the batch, still with a batch axis of 1."""
+        """The LoRA of one row of the batch, still with a batch axis of 1; -1 is the last. IndexError where there is no such row."""
+        i = range(self.rows)[i]
         info = {k: v[i] if isinstance(v, list) else v for k, v in self.info.items()}
         return LoRA(map_lora(lambda t: t[i:i + 1], self), self.r, info)
 
@@ -129,8 +134,7 @@ class LoRA(list):
                 Tokenizer.load(base_folder).save_hugging_face(folder)
 
     def one_row(self):
-        rows = len(next(iter(self[-1].values()))[0])
-        assert rows == 1, f"one row at a time: lora.row(i) first; this has {rows}"
+        assert self.rows == 1, f"one row at a time: lora.row(i) first; this has {self.rows}"
         return self
 
     @classmethod
@@ -179,9 +183,9 @@ def load_tokenizer(folder, base):
         raise UserError(f"{folder} has no tokenizer: bpe.json is missing, and so are tokenizer.json and vocab.json "
                         "(without one, shine.py takes token ids: --ids)")
     tokenizer = Tokenizer.load(folder) if (folder / "bpe.json").is_file() else Tokenizer.from_hugging_face(folder)
-    size = tokenizer.vocab_size if tokenizer.prefix_space else tokenizer.recon      # ours needs its task tokens, others lack them
-    if size > base.config.vocab_size:
-        raise UserError(f"{folder} has {size} tokens, more than the {base.config.vocab_size} rows of the model's embedding")
+    size, rows = tokenizer.vocab_size if tokenizer.prefix_space else tokenizer.recon, base.config.vocab_size      # ours has its task tokens, others lack them
+    if size > rows or tokenizer.prefix_space and size != rows:
+        raise UserError(f"the tokenizer of {folder} has {size} tokens, the model's embedding {rows} rows: they do not belong together")
     return tokenizer
 
 
@@ -404,6 +408,8 @@ class Shine(nn.Module):
         if self.memory.is_meta:
             raise UserError("there is no hypernetwork to read a text with, only a language model: name one with --hypernet DIR")
         texts = [context] if isinstance(context, str) else list(context)
+        if not texts:
+            raise UserError("there is no text to read: the list is empty")
         rows = []
         for text in texts:
             ids, left = self.encode_context(text)
@@ -470,6 +476,7 @@ class Shine(nn.Module):
         """One question, one answer. A batch (list of questions, LoRA of as many rows) gives a list."""
         if isinstance(question, str):
             return Conversation(self, lora, **options).ask(question)
+        assert lora is None or lora.rows == len(question) > 0, f"as many questions as rows of the LoRA: {len(question)} and {lora.rows}"
         return answer_batch(self.base, self.tokenizer, [[("user", q)] for q in question], lora, **options)
 
     def conversation(self, lora=None, context=None, **options):
@@ -536,7 +543,7 @@ class Conversation:
     def __init__(self, shine, lora=None, context=None, max_new_tokens=64, **sampling):
         if max_new_tokens > (most := shine.base.config.max_position_embeddings):
             raise UserError(f"{max_new_tokens} new tokens: this language model has positions for {most}")
-        self.shine, self.lora = shine, lora
+        self.shine, self.lora = shine, lora.one_row() if isinstance(lora, LoRA) else lora
         self.context = shine.encode_context(context)[0] if context is not None else None      # ids, as many as the hypernetwork reads
         self.max_new_tokens, self.sampling, self.turns, self.dropped = max_new_tokens, sampling, [], 0
         self.decoder = Decoder(shine.base, lora)      # one for all turns

@@ -47,7 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (ASSETS, Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
+from data import (ASSETS, SPECIAL, Examples, Ids, Parser, Source, Tokenizer, batches, collate, load_assets, positive, read_conversations, read_texts, run,
                   share, train_bpe)
 from m2p import AXES
 from model import (PRESETS, QWEN3, Config, LanguageModel, Recorded, UserError, pick_device, read_header, read_json, weight_files, write_file,
@@ -61,7 +61,7 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
     "pretrain": dict(lr=4e-3, muon_lr=6e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
-COMMON = dict(accumulate=1, question_share=0.0, conversations=1, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
+COMMON = dict(accumulate=1, question_share=0.0, conversations=1, max_turns=10, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
               rival_share=0.25, mined_share=0.15, scene_share=0.25, company_share=0.5, exchange_share=0.3)
 SIZES = dict(rank=72, meta_rank=24, lora_layers=0, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
@@ -70,7 +70,7 @@ PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_laye
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
-    ("finetune", "paper-1qa"): dict(lr=1e-5, warmup=400, context_length=2380, conversation_length=100)}
+    ("finetune", "paper-1qa"): dict(lr=1e-5, warmup=400, context_length=2380, conversation_length=100, max_turns=1)}
 
 
 # ---------------------------------------------------------------------------- scoring, as SQuAD does it
@@ -115,8 +115,7 @@ def evaluate(base, tokenizer, records, condition, shine=None, batch=50, make_lor
             contexts = [group[i]["context"] for i in rows] if condition == "in-context" else None
             for i, said, answer in zip(rows, asked, answer_batch(base, tokenizer, asked, part, contexts)):
                 histories[i] = said + [("assistant", answer)]
-                gold = group[i].get("accept")
-                gold = gold[turn] if gold else [group[i]["conversations"][2 * turn + 1]["content"]]
+                gold = [group[i]["conversations"][2 * turn + 1]["content"], *(group[i]["accept"][turn] if group[i].get("accept") else ())]
                 results.append({"record": first + i, "turn": turn, "prediction": answer,
                                 "em": exact_match(answer, gold), "f1": f1_score(answer, gold)})
     return results
@@ -387,7 +386,7 @@ def flags():
     add("--warmup", type=positive(int, zero=True), help="steps")
     add("--weight-decay", type=positive(float, zero=True))
     add("--clip", type=positive(float), default=1.0, help="gradient norm of each clipping group")
-    add("--text", help="folder of .txt / .txt.xz documents to mix in")
+    add("--text", help="folder of .txt / .txt.xz documents to mix in, or one such file")
     add("--qa", nargs="*", default=[], help="JSON-lines files of conversations to mix in")
     add("--strict", action="store_true", help="stop at a broken line of a QA file")
     add("--text-share", type=share, help="share of real passages among the passages (default 0.5 where --text gives some)")
@@ -405,12 +404,13 @@ def flags():
     add("--mined-share", type=share, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
     add("--recall-share", type=share, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
     add("--conversations", type=positive(int), help="question examples: so many conversations about one text, as far as they fit (default 1; stage gist 4)")
+    add("--max-turns", type=positive(int), help="questions of one conversation (default 10, of which a real text has 8; --preset paper-1qa 1)")
     add("--max-facts", type=positive(int), default=8, help="facts in a generated text")
     add("--curriculum", type=positive(int, zero=True), help="examples over which texts grow from 2 facts to --max-facts")
     add("--packing", type=share, help="chance that one more short text joins a reconstruction example; 1: until it is full")
     add("--context-length", type=positive(int), help="longest text in tokens (default: that of --model, 192 for a new one)")
     add("--conversation-length", type=positive(int), help="longest conversation in tokens (likewise, 256)")
-    add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base)")
+    add("--vocab-size", type=int, default=8192, help="of a new tokenizer (stage base), at least 256 bytes and what is special")
     add("--tokenizer", help="stage base: a folder whose tokenizer a new language model takes instead of a new one")
     add("--rank", type=positive(int), help="r of a new hypernetwork (default 72, with --no-static-a 4); larger than that of --hypernet, where it generates B of one linear: it grows")
     add("--lora-layers", type=positive(int, zero=True), help="of a new hypernetwork: the last so many layers get a generated LoRA, the others none (default 0: all); with --hypernet another number")
@@ -449,6 +449,7 @@ def check_flags(args):
             (base and (args.base or paper), f"--{'base' if args.base else 'preset'} {args.base or args.preset} is for the stages gist, pretrain and finetune; "
                                             "stage base makes a language model of --preset " + ", ".join(PRESETS) + ", or goes on with --model DIR"),
             (base and args.hypernet, f"--hypernet {args.hypernet} is for the stages gist, pretrain and finetune: stage base has no hypernetwork"),
+            (args.vocab_size < (least := 256 + len(SPECIAL)), f"--vocab-size {args.vocab_size} is less than the {least} tokens that every tokenizer has"),
             (base and args.read_lr, "--read-lr is for the stages gist, pretrain and finetune: stage base has no memory embeddings and no meta LoRA"),
             (base and args.shard, "--shard spreads a frozen language model: stages gist, pretrain and finetune"),
             (base and args.preset in QWEN3 and not (args.model or args.dry_run), f"--preset {args.preset}: from nothing, only with --dry-run; choose one of {', '.join(PRESETS)}"),
@@ -607,15 +608,26 @@ def refuse(args, out, device, rank, world):
         raise UserError("--shard spreads the language model over processes: start with torchrun --nproc_per_node=N train.py ...")
 
 
-def open_log(args, out):
-    """Make the folder of a run, open its log."""
+def open_log(args, out, step):
+    """Make the folder of a run, open its log; of a resumed one without what it holds of steps behind the checkpoint's, which come again."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
             (out / BEFORE).unlink(missing_ok=True)      # another run's
+        elif (log := out / "log.jsonl").is_file():
+            lines = log.read_text(encoding="utf-8").splitlines()
+            write_file(log, lambda p: p.write_text("".join(line + "\n" for line in lines if step_of(line) <= step), encoding="utf-8"))
         return open(out / "log.jsonl", "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another --out") from None
+
+
+def step_of(line):
+    """The step of a line of a log; 0: it has none, infinite: a kill cut it off."""
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:
+        return math.inf
 
 
 def take_up(out, module, optimizers, args, world, say):
@@ -759,13 +771,13 @@ class Run:
         self.examples = Examples(args.stage, self.tokenizer, args.context_length, args.conversation_length, texts, records, args.seed, args.max_facts,
                                  **{name: getattr(args, name) for name in (
                                      "text_share", "record_share", "question_share", "curriculum", "copy_share", "plain_share", "wild_share", "packing",
-                                     "random_share", "recall_share", "rival_share", "conversations", "mined_share", "scene_share", "company_share", "exchange_share", "skip_scenes")})
-        self.log = open_log(args, self.out) if self.rank == 0 else None
+                                     "random_share", "recall_share", "rival_share", "conversations", "max_turns", "mined_share", "scene_share", "company_share", "exchange_share", "skip_scenes")})
         self.unseen = Unseen(args, self.tokenizer)
         self.optimizers, self.clips = make_optimizers(self.module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
         self.state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}
         if args.resume:
             self.state = {"waited": 0.0} | take_up(self.out, self.module, self.optimizers, args, self.world, self.say)
+        self.log = open_log(args, self.out, self.state["step"]) if self.rank == 0 else None
         self.state |= {"args": vars(args), "world": self.world}
         if args.compile:
             compile_layers(self.model, self.shine)

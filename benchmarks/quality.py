@@ -203,7 +203,7 @@ def groups(records, rows, sizes):
     spans = [f"text of {low} to {high - 1} tokens" for low, high in zip(LENGTHS, LENGTHS[1:])] + [f"text of {LENGTHS[-1]} tokens or more"]
     for row in rows:
         meta, turns = records[row["record"]].get("meta"), len(records[row["record"]]["conversations"]) // 2
-        meta = meta if isinstance(meta, dict) and len(meta.get("turns", ())) == turns else {}
+        meta = meta if isinstance(meta, dict) and isinstance(meta.get("turns"), list) and len(meta["turns"]) == turns else {}
         names = [f"turn {min(row['turn'] + 1, 8)}"] + [spans[bisect_right(LENGTHS, sizes[row["record"]]) - 1]] + (["conversations of 3 or more turns"] if turns >= 3 else [])
         names += [f"kind: {meta['turns'][row['turn']]}"] if "turns" in meta else []
         names += [f"{meta['facts']} facts"] if "facts" in meta else []
@@ -295,7 +295,8 @@ def texts(args):
     """The records that the flags ask for, of a file or generated."""
     if args.data:
         records = read_conversations(args.data)
-        return records[::max(1, len(records) // args.limit)][:args.limit] if args.limit else records      # sets are often in the order of their sources
+        n, wanted = len(records), min(args.limit or len(records), len(records))
+        return [records[i * n // wanted] for i in range(wanted)]      # sets are often in the order of their sources
     source = Source(args.split)
     if args.scenes is not None:
         source.scene_share, source.scenes = 1.0, source.scenes_named(args.scenes)

@@ -134,7 +134,7 @@ def test_bad_input(tmp_path):
 
 
 @pytest.mark.parametrize("harm, word", [("missing", "missing"), ("cut", "damaged"), ("other base", "another language model"),
-                                        ("size", "expected"), ("negative", "r = -1"), ("fraction", "meta_r = 4.5"), ("tokenizer", "bpe.json")])
+                                        ("size", "expected"), ("negative", "r = -1"), ("fraction", "meta_r = 4.5"), ("tokenizer", "bpe.json"), ("bytes", "156 of the 256 bytes"), ("words", "3005 tokens, the model's embedding 8192 rows")])
 def test_a_bad_checkpoint_folder(tmp_path, harm, word):
     folder = tmp_path / "m"
     shutil.copytree(DEFAULT_MODEL, folder)
@@ -147,7 +147,9 @@ def test_a_bad_checkpoint_folder(tmp_path, harm, word):
         raw = json.loads((folder / "hypernet.json").read_text()) | harms[harm]
         (folder / "hypernet.json").write_text(json.dumps(raw))
     else:
-        (folder / "bpe.json").write_text("{}")
+        raw = json.loads((folder / "bpe.json").read_text())
+        kept = {"tokenizer": {}, "bytes": raw | {"ranks": raw["ranks"][:100]}, "words": raw | {"ranks": raw["ranks"][:3000]}}
+        (folder / "bpe.json").write_text(json.dumps(kept[harm]))
     with pytest.raises(UserError, match=word):
         call(TEXT, "--model", folder)
 

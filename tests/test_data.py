@@ -182,6 +182,16 @@ def test_examples_are_functions_of_seed_and_index_and_fit(tokenizer):
         assert a(0) != make(2)(0)
 
 
+def test_a_conversation_has_as_many_questions_as_are_asked_for_and_fit(tokenizer):
+    turns = [{"role": role, "content": f"{i} long {role} " * 4} for i in range(12) for role in ("user", "assistant")]
+    records = [[{"context": "Tom has a hat.", "conversations": turns}]]
+    asked = lambda *sizes, **more: [ids.count(tokenizer.im_start) // 2 for _, ids, _ in map(Examples("finetune", tokenizer, *sizes, records=records, record_share=1.0, **more), range(8))]
+    length = lambda n: len(data.render(tokenizer, [("user", "11 long user " * 4), ("assistant", "11 long assistant " * 4)] * n)[0])
+    assert set(asked(400, 9 * length(1))) == {8} and set(asked(400, 9 * length(1), max_turns=1)) == {1} and max(asked(400, length(3))) == 3
+    examples = Examples("finetune", tokenizer, 400, 600, texts=["Tom lives in a mill. Mara keeps a green parrot. " * 20], max_turns=1, mined_share=0.5)
+    assert all(ids.count(tokenizer.im_start) == 2 for _, ids, _ in map(examples, range(20)))
+
+
 def test_random_passages_and_a_conversation_that_asks_for_the_text(tokenizer):
     plain, recall = (Examples("finetune", tokenizer, 400, 900, max_facts=2, random_share=1.0, recall_share=share) for share in (0.0, 1.0))
     context, ids, weights = plain(0)
@@ -211,9 +221,9 @@ def test_broken_lines_are_named_and_counted(tmp_path):
     good = {"context": "A.", "conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     path, said = tmp_path / "qa.jsonl", []
     path.write_bytes("\n".join([json.dumps(good), "{", json.dumps({"context": ""}), json.dumps(good | {"conversations": [1, 2]}), "[]"]).encode()
-                     + b"\n\xff\xfe\n")
+                     + b"\n\xff\xfe\n" + b"[" * 200_000)
     assert read_conversations(path, say=said.append) == [good]
-    assert [f"line {n}" in s for n, s in zip((2, 3, 4, 5, 6), said)] == [True] * 5 and "5 of 6" in said[-1]
+    assert [f"line {n}" in s for n, s in zip((2, 3, 4, 5, 6, 7), said)] == [True] * 6 and "6 of 7" in said[-1]
     with pytest.raises(UserError, match="line 2"):
         read_conversations(path, strict=True)
     path.write_text("\n")
@@ -225,12 +235,15 @@ def test_folders_of_text_plain_and_xz(tmp_path):
     import lzma
     (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n", encoding="utf-8")
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress("three".encode()))
-    assert read_texts(tmp_path) == ["one", "two", "three"]
+    assert read_texts(tmp_path) == ["one", "two", "three"] and read_texts(tmp_path / "b.txt.xz") == ["three"]
     (tmp_path / "b.txt.xz").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="b.txt.xz"):
         read_texts(tmp_path)
-    with pytest.raises(UserError, match="holds no"):
-        read_texts(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.md").write_text("one")
+    for name, complaint in (("none", "is not there"), ("empty", "holds no .txt"), ("a.md", "is not a .txt")):
+        with pytest.raises(UserError, match=complaint):
+            read_texts(tmp_path / name)
 
 
 def test_collated_words_in_the_docstring(tokenizer):

@@ -1,4 +1,5 @@
 """The gradient baselines of benchmarks.quality: fair only if each text's LoRA is trained as it would be alone."""
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from benchmarks import official, quality, tables, where
 from conftest import ROOT, close
 from model import UserError, cut, flatten, map_lora
@@ -178,9 +180,22 @@ def test_by_gradient_a_part_alone_moves_each_text_its_own_way(shine, monkeypatch
 
 
 def test_texts_are_grouped_by_their_length():
-    records = [{"context": "x", "conversations": [{}, {}]}] * 3
+    records = [{"context": "x", "conversations": [{}, {}], "meta": {"turns": 1}}] * 3
     names = quality.groups(records, [{"record": i, "turn": 0} for i in range(3)], [9, 49, 400])
     assert [k for k in names if k.startswith("text of")] == ["text of 0 to 9 tokens", "text of 25 to 49 tokens", "text of 400 tokens or more"]
+
+
+def test_a_part_of_a_set_is_spread_over_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record(f"{i}.")) for i in range(10)))
+    asked = lambda limit: [int(float(r["context"])) for r in quality.texts(argparse.Namespace(data=str(tmp_path / "a.jsonl"), limit=limit))]
+    assert asked(None) == asked(99) == list(range(10)) and asked(5) == [0, 2, 4, 6, 8] and asked(7) == [0, 1, 2, 4, 5, 7, 8]
+
+
+def test_answers_to_accept_stand_beside_the_sets_own(shine, monkeypatch):
+    said = iter([["Mara"], ["a lady"], ["Tom"]])
+    monkeypatch.setattr(train, "answer_batch", lambda *_: next(said))
+    scored = [train.evaluate(shine.base, shine.tokenizer, [record("Mara.") | {"accept": [["lady"]]}], "question")[0]["em"] for _ in range(3)]
+    assert scored == [1, 1, 0]
 
 
 def test_where_the_text_is(shine):

@@ -103,6 +103,15 @@ def test_rows_of_a_batch_are_texts_on_their_own(shine):
         for a, b in zip(alone, together.row(i)):
             for name in a:
                 assert close(a[name][0], b[name][0], 1e-4) and close(a[name][1], b[name][1], 1e-4)
+    assert together.rows == 2 and together.row(-1).info == together.row(1).info and torch.equal(together.row(-1)[0]["mlp.down_proj"][1], together[0]["mlp.down_proj"][1][1:])
+    with pytest.raises(IndexError):
+        together.row(2)
+    with pytest.raises(AssertionError, match="this has 2"):
+        shine.answer("Who?", together)
+    with pytest.raises(AssertionError, match="1 and 2"):
+        shine.answer(["Who?"], together)
+    with pytest.raises(UserError, match="no text"):
+        shine.generate_lora([])
 
 
 def test_four_lines_from_text_to_answer(shine, tmp_path):

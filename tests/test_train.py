@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
 
 def test_scoring_is_squads():
     assert normalize(" The  Red, hat.") == "red hat"
+    assert train.parse(["--stage", "finetune", "--preset", "paper-1qa", "--steps", "1"]).max_turns == 1
     assert exact_match("the red hat", ["a red hat", "x"]) == 1 and exact_match("hat", ["a red hat"]) == 0
     assert f1_score("red big hat", ["a red hat"]) == pytest.approx(0.8) and f1_score("", ["a"]) == 1 and f1_score("x", ["y"]) == 0
 
@@ -248,6 +249,8 @@ def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatc
         train.main(args)
     monkeypatch.setattr(train, "evaluate", real)
     assert (half := json.loads((tmp_path / "state.json").read_text()))["step"] == half["watch"]["seen"] == 2
+    with open(tmp_path / "log.jsonl", "a") as log:      # as a later kill leaves it
+        log.write('{"step": 3, "loss": 1.0}\n{"step": 3, "lo')
     bare = ["--stage", "base", "--resume", "--out", str(tmp_path), "--device", "cpu"]
     assert train.parse(bare).steps == 4
     train.main(bare)
@@ -255,6 +258,8 @@ def test_killed_and_resumed_equals_straight_bitwise(folder, tmp_path, monkeypatc
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     whole, straight = (json.loads((p / "state.json").read_text()) for p in (tmp_path, folder / "base"))
     assert whole["watch"] == straight["watch"] and whole["samples"] == straight["samples"] == 16
+    steps = lambda key: [line["step"] for line in map(json.loads, open(tmp_path / "log.jsonl")) if key in line]
+    assert steps("tokens") == [1, 2, 3, 4] and steps("unseen") == [4]
     args = train.parse([*bare, "--minutes", "3", "--lr", "0.5"])
     assert (args.steps, args.minutes, args.lr, args.muon_lr, args.batch, args.max_facts) == (None, 3, 0.5, STAGES["base"]["muon_lr"], 4, 2)
 
@@ -497,7 +502,7 @@ def test_a_run_is_not_overwritten_and_another_stage_does_not_resume_it(folder):
 @pytest.mark.parametrize("arguments, word", [
     (["--steps", "0"], "0"), (["--resume", "--out", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"), (["--qa", "none.jsonl"], "none.jsonl"),
     (["--text", "nowhere"], "nowhere"), (["--stage", "sleep"], "sleep"), (["--preset", "huge"], "huge"), (["--wat"], "--wat"), (["--hypernet", "nowhere"], "--hypernet"),
-    (["--out", "/proc/none"], "/proc/none"), (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs")])
+    (["--out", "/proc/none"], "/proc/none"), (["--vocab-size", "260"], "261"), (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs")])
 def test_bad_arguments_end_in_one_line_and_status_2(arguments, word, tmp_path):
     command = [sys.executable, "train.py", "--stage", "base", "--preset", "test", "--vocab-size", "300", "--steps", "1", "--out", str(tmp_path / "run")]
     run = subprocess.run(command + arguments, cwd=ROOT, capture_output=True, text=True)
