@@ -890,7 +890,7 @@ class Run:
             lr = learning_rate(progress, state["step"], args.lr, args.warmup) * state.get("slowed", 1.0)
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = lr * group["peak"] / args.lr
-            tokens = self.world * sum(int((mask > 0).sum()) for batch in micro for name, mask in batch.items() if name.endswith("_mask"))
+            tokens = self.world * sum(int((mask > 0).sum()) for batch in micro for name, mask in batch.items() if name.endswith("_mask"))      # as if each process had as many
             report = gradients(self.step_module, micro, self.clips, args.clip, self.world, self.device, self.graphs or one_pass)
             micro = self.draw(data)      # the next step's, while a GPU is at work
             loss, norms = self.update(report)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from benchmarks import official, quality, tables, where
+from benchmarks import mean, official, quality, tables, where
 from conftest import ROOT, close
 from model import UserError, cut, flatten, map_lora
-from shine import LoRA
+from shine import LoRA, Shine
 from test_golden import CASE, load
 from train import save_base
 
@@ -230,3 +230,24 @@ def test_the_papers_code_gets_our_lora_in_its_own_form():
 def test_a_folder_that_is_not_the_papers_code_is_refused(tmp_path, shine):
     with pytest.raises(UserError, match="no checkout of the paper's code"):
         official.theirs(tmp_path, shine)
+
+
+def test_the_mean_of_models_is_that_of_their_weights(shine, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, factor in zip(folders, (1.0, 3.0)):
+        with torch.no_grad():
+            for p in (*shine.base.parameters(), *shine.trained().values()):
+                p.mul_(factor)
+        save(shine, folder)
+    parts = [f"0.75={folders[0]}", f"0.25={folders[1]}"]
+    mean.main([str(tmp_path / "mean"), "--model", *parts, "--hypernet", *parts])
+    Shine.load(tmp_path / "mean")      # its hypernetwork belongs to its language model
+    for name in ("model.safetensors", "hypernet.safetensors"):
+        a, b, c = (load_file(folder / name) for folder in (*folders, tmp_path / "mean"))
+        assert a.keys() == c.keys() and all(close(c[k].float(), 0.75 * a[k].float() + 0.25 * b[k].float(), 1e-2) for k in a)
+    mean.main([str(tmp_path / "alone"), "--model", f"1={folders[0]}"])
+    assert (tmp_path / "alone/model.safetensors").read_bytes() == (folders[0] / "model.safetensors").read_bytes() and not (tmp_path / "alone/hypernet.json").exists()
+    for wrong, complaint in ((parts[:1], "make 0.75, not 1"), ([folders[0]], "SHARE=FOLDER"), ([parts[0], "0.25=nowhere"], "nowhere")):
+        with pytest.raises(UserError, match=complaint):
+            mean.main([str(tmp_path / "no"), "--model", *map(str, wrong)])
+    assert not (tmp_path / "no").exists()
