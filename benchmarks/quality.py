@@ -327,6 +327,7 @@ def main(argv=None):
     answers = result.pop("answers")
     result["conditions"] = {c: r for c, r in kept.get("conditions", {}).items() if c.split()[0] in known} | result["conditions"]
     result |= extra | about
+    result |= {k: kept[k] for k in ("reconstruction token accuracy", "written out") if k in kept}      # SHINE's
     if "shine" in conditions:
         result |= reconstruction(shine, [r["context"] for r in records[:200]])
     print(by_condition(result["conditions"]) + "\n\n" + table(result["conditions"]))

@@ -124,6 +124,9 @@ def test_one_condition_anew_keeps_the_others_of_the_same_texts_and_language_mode
     again = json.loads(out.read_text())["conditions"]
     assert list(again) == list(marked) and {c: r for c, r in again.items() if c != "shine"} == {c: r for c, r in marked.items() if c != "shine"}
     assert again["shine"]["seconds"] >= 0 and again["shine"]["em"] == whole["conditions"]["shine"]["em"]
+    out.write_text(json.dumps(whole | {"written out": "marked"}))
+    quality.main([*run, "--only", "question"])
+    assert json.loads(out.read_text())["written out"] == "marked" and json.loads(out.read_text())["reconstruction token accuracy"] == whole["reconstruction token accuracy"]
     with pytest.raises(UserError, match="its texts is 2, here it is 1"):
         quality.main([*run, "--only", "shine", "--limit", "1"])
 
