@@ -36,6 +36,7 @@ CONDITIONS = {"shine": "SHINE", "in-context": "text in the prompt", "question": 
 KINDS = ("sft", "ttt", "shine+ttt")      # of baselines
 SFT, TTT, EPOCHS = (1, 5, 10), (1, 3, 10, 30, 100), 10
 OTHERS = (5,) * max(SFT)      # questions in each conversation to train on
+FOUND = "learning rates", "F1 by learning rate, 16 other texts", "costs"      # what --baselines finds out before it scores
 RATES, RATED = (3e-3, 1e-2, 3e-2), 16      # learning rates, and texts they are chosen on
 LENGTHS = (0, 10, 25, 50, 100, 150, 200, 300, 400)      # of texts in tokens, for the groups
 
@@ -265,6 +266,7 @@ def parse(argv):
     add("--only", nargs="+", choices=CONDITIONS, help="these conditions; what --json has of the others on the same texts and language model is kept; with "
         "--baselines: of those only what starts from the generated LoRA, if SHINE is named")
     add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
+    add("--rates", metavar="RESULT", help="with --baselines: learning rates and costs as this result has them, not found anew")
     add("--limit", type=positive(int), help="at most so many texts of the set, evenly spread over it")
     add("--model", default=str(DEFAULT_MODEL))
     add("--json", metavar="OUT", help="write everything measured")
@@ -275,6 +277,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.generate is None):
         parser.error("give --data FILE or --generate N")
+    if args.rates and not args.baselines:
+        parser.error("--rates RESULT is for --baselines")
     return args
 
 
@@ -319,9 +323,15 @@ def main(argv=None):
     conditions, rates, extra, known = args.only or tuple(CONDITIONS), None, {}, tuple(CONDITIONS)
     if args.baselines:
         kinds, known = KINDS if not args.only else ("shine+ttt",) if "shine" in args.only else (), known + KINDS
-        others = [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(RATED)]
-        rates, tried = choose_rates(shine, others, kinds)
-        extra = {"learning rates": rates, "F1 by learning rate, 16 other texts": tried, "costs": costs(shine, records[:5], rates, conditions)}
+        if args.rates:
+            extra = {name: read_json(args.rates).get(name, {}) for name in FOUND}
+            rates = {kind: extra["learning rates"][kind] for kind in kinds if kind in extra["learning rates"]}
+            if len(rates) < len(kinds):
+                raise UserError(f"{args.rates} has no learning rate of {', '.join(kind for kind in kinds if kind not in rates)}: it was made without --baselines")
+        else:
+            others = [Source("heldout").sample(random.Random(10**8 + i), n_turns=4, others=OTHERS) for i in range(RATED)]
+            rates, tried = choose_rates(shine, others, kinds)
+            extra = dict(zip(FOUND, (rates, tried, costs(shine, records[:5], rates, conditions))))
         extra = {name: kept.get(name, {}) | part for name, part in extra.items()}
     result = measure(shine, records, rates, conditions)
     answers = result.pop("answers")

@@ -103,6 +103,14 @@ def test_baselines_of_another_hypernetwork_keep_those_that_do_not_know_it(shine,
     assert {c for c, r in again["conditions"].items() if r["seconds"] == -1} == {"in-context", "question", "sft 1", "ttt 1"} and set(again["conditions"]) == set(whole["conditions"])
     assert {name for name, row in again["costs"].items() if row == {"prepare s": {"shine+ttt": 2e-3}}} == {"shine", "shine+ttt"} and set(again["costs"]) == set(whole["costs"])
     assert again["learning rates"] == {"sft": 1e-3, "ttt": 1e-3, "shine+ttt": 2e-3}
+    quality.main([*run[:-1], str(tmp_path / "third.json"), "--rates", str(out)])      # rates and costs are not found a third time
+    third = json.loads((tmp_path / "third.json").read_text())
+    assert all(third[name] == again[name] for name in quality.FOUND) and set(third["conditions"]) == set(whole["conditions"])
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(UserError, match="no learning rate of sft, ttt, shine[+]ttt"):
+        quality.main([*run, "--rates", str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match="--rates RESULT is for --baselines"):
+        quality.parse(["--generate", "1", "--rates", str(out)])
 
 
 def save(shine, folder):
