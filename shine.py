@@ -84,7 +84,8 @@ class LoRA(list):
 
     @property
     def rows(self):
-        return len(next(iter(self[-1].values()))[1])      # of B: A may be shared
+        """How many texts it is for: the length of the batch axis, which every A and B has."""
+        return len(next(iter(self[-1].values()))[0])
 
     def row(self, i):
         """The LoRA of one row of the batch, still with a batch axis of 1; -1 is the last. IndexError where there is no such row."""

@@ -9,7 +9,7 @@ import pytest
 import data
 from data import (ASSETS, SPECIAL, Examples, Frame, Source, Tokenizer, batches, collate, completion, held_out, load_assets, mend,
                   read_conversations, read_texts, reconstruction, render, small_talk, train_bpe)
-from model import UserError
+from model import UserError, read_json, write_json
 
 NASTY = ["", " ", "  two  spaces ", "\n\nlines\n", "naïve café e\u0301", "日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪", "don't we'll 3.14 1,000", "<|im_end|><RECON>",
          "\t\u00a0tabs", "def f(x):\n    return x**2", "\x00\x7f", "a" * 300]
@@ -229,6 +229,11 @@ def test_broken_lines_are_named_and_counted(tmp_path):
     path.write_text("\n")
     with pytest.raises(UserError, match="no usable"):
         read_conversations(path)
+
+
+def test_half_a_character_is_written_as_a_question_mark(tmp_path):
+    write_json(tmp_path / "a.json", {"answer": "so\ud83d"})
+    assert read_json(tmp_path / "a.json") == {"answer": "so?"}
 
 
 def test_folders_of_text_plain_and_xz(tmp_path):
