@@ -48,6 +48,8 @@ QWEN_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|
 QWEN_SPECIAL = SPECIAL[:3]
 BLANK = 500_000      # characters of white space in a row, from twice of which on tiktoken's regular expression runs out of stack
 UNKNOWN, NO_TEXT = "The text does not say.", "I do not know."
+POINT = "\u2024"      # stands for a full stop that ends no sentence while a text is cut into sentences
+ABBREVIATION = re.compile(r"(?<=\d)\.(?=\d)|\b(?:Mr|Mrs|Ms|Dr|Prof|Rev|Capt|St|vs|[A-HJ-Z])\.(?= )|\bNo\.(?= \d)|\b[ap]\.m\.(?= [a-z]| [A-Z][a-z]*\. )|\b[ei]\.[ge]\.")
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -847,6 +849,73 @@ def casual(question, rng):
     return question.rstrip("?") if rng.random() < 0.07 else question
 
 
+DIGITS = {word: str(i) for i, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+SHORT = {"kilometres": "km", "metres": "m", "centimetres": "cm", "millimetres": "mm", "kilograms": "kg", "kilos": "kg", "grams": "g", "litres": "l", "feet": "ft",
+         "minutes": "min", "hours": "h", "seconds": "s", "percent": "%", "degrees": "°C", "dollars": "$", "euros": "€", "pounds": "£"}
+ACCENTS = {"a": "áàäâãå", "c": "çč", "e": "éèêëę", "g": "ğ", "i": "íîï", "l": "ł", "n": "ñń", "o": "óöôõø", "s": "šş", "u": "úüû", "y": "ý", "z": "žż"}
+MONTHS = "January February March April May June July August September October November December".split()
+MONEY = re.compile(r"\b(\d[\d,]*(?:\.\d+)?)( thousand| million)? (dollars|euros|pounds)\b")
+UNIT = re.compile(rf"\b(minus )?(\d[\d,]*(?:\.\d+)?) ({'|'.join(unit for unit, sign in SHORT.items() if sign not in '$€£')})\b")
+PRICED = re.compile(r"\b(cost|costs|pay|pays|paid|price|spent|spend|earn|earns|sell|sells|sold|buy|bought|worth|ticket|tickets|fee|rent|saved|money)\b")
+TITLE, DAY, HOUR = re.compile(r"\b(Mr|Mrs|Ms|Dr|Professor|Captain|St) (?=[A-Z])"), re.compile(rf"\b(\d{{1,2}}) ({'|'.join(MONTHS)})\b"), re.compile(r"\b(\d{1,2}(?::\d\d)?) ?([ap]m)\b\.?")
+
+
+def typist(context, rng):
+    """How somebody writes what the word lists spell out: a function of a string (and whether it is a question), for a text and what is said
+    about it. Prices, units, titles, dates and hours short or in digits, each or not; an accent in a name; curved quotation marks; seldom all
+    in small letters.
+
+    >>> typist("Mrs Li paid.", random.Random(170))("Mrs Li drove 12 kilometres at 5:30 pm and paid two pounds.")
+    'Mrs. Li drove 12 km at 5.30 p.m. and paid £2.'
+    """
+    gap, behind, point, noon = rng.choice(("", " ")), rng.random() < 0.3, rng.choice(":.."), rng.choice((" am", "am", " a.m.", " AM"))
+    order = rng.choice(("{1} {0}", "{0} {2}", "{2} {0}", "{1} {0}{3}", "{0}{3} {1}"))      # {0} day, {1} month, {2} its first letters, {3} th
+    pounds = PRICED.search(context)      # else they may be a weight
+
+    def money(m):
+        amount, many, sign = m[1], m[2] or "", SHORT[m[3]]
+        if sign == "£" and not pounds:
+            return m[0]
+        if many == " thousand" and amount.isdigit():
+            amount, many = amount + ",000", ""
+        return f"{amount}{many} {sign}" if behind and sign == "€" else f"{sign}{amount}{many}"
+
+    def day(m):
+        return order.format(m[1], m[2], m[2][:3], {"1": "st", "2": "nd", "3": "rd"}.get(m[1][-1], "th") if m[1] not in ("11", "12", "13") else "th")
+    rules = [rule for rule in (
+        (re.compile(rf"(?<![\w-])({'|'.join(DIGITS)})(?![\w-])"), lambda m: DIGITS[m[0]]),
+        (MONEY, money),
+        (UNIT, lambda m: ("-" if m[1] else "") + m[2] + gap + SHORT[m[3]]),
+        (TITLE, lambda m: {"Professor": "Prof", "Captain": "Capt"}.get(m[1], m[1]) + ". "),
+        (DAY, day),
+        (HOUR, lambda m: m[1].replace(":", point) + (noon if m[2] == "am" else noon.replace("a", "p").replace("A", "P")) + ("." if m[0][-1] == "." and noon[-1] != "." else "")),
+        (re.compile(r"(?<=\d):(?=\d\d)"), lambda m: point),
+        *accented(context, rng),
+        (re.compile("'"), lambda m: "’"),
+        (re.compile('"([^"]*)"'), r"“\1”")) if rng.random() < 0.7]
+    small, small_too = rng.random() < 0.15, rng.random() < 0.5
+
+    kept = {UNKNOWN, *(reply for _, reply in small_talk())}
+
+    def typed(text, question=False):
+        if text in kept:
+            return text
+        for pattern, by in rules:
+            text = pattern.sub(by, text)
+        return text.lower() if small and (small_too or not question) else text
+    return typed
+
+
+def accented(context, rng):
+    """[(pattern, replacement)]: a letter of a name in the text gets an accent, wherever the name stands."""
+    names = sorted({name for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b", context) if name not in MONTHS and name[-3:] != "day"})
+    places = [(name, i) for name in names for i in range(1, len(name)) if name[i] in ACCENTS]
+    if not places:
+        return []
+    name, i = rng.choice(places)
+    return [(re.compile(rf"\b{name}\b"), name[:i] + rng.choice(ACCENTS[name[i]]) + name[i + 1:])]
+
+
 @lru_cache(maxsize=None)
 def small_talk(folder=ASSETS):
     """[(what the user says, the reply)] from assets/small_talk.txt."""
@@ -975,7 +1044,7 @@ class Miner:
     THINGS_CALLED = words("village town city river lake island mountain country ship boat spaceship planet moon star house street farm school castle forest band club")
     del words
 
-    NAME = r"(?:(?:Mr|Mrs|Dr|St)\. )?[A-Z][a-z]+(?: [A-Z][a-z]+)*"
+    NAME = rf"(?:(?:Mr|Mrs|Ms|Dr|Prof|Rev|Capt|St){POINT} )?[A-Z][a-z]+(?: [A-Z][a-z]+)*"
     ARTICLE = r"(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Oo]ur|[Tt]heir|[Ii]ts|[Yy]our|[Ss]ome)"
     PREPOSITION = "(?:" + "|".join(sorted(PREPOSITIONS)) + ")"
     START = (r"^(?:(?P<lead>(?:One|Every|Each|Last|Next|On|In|At|After|Before|During|Since|Until|By)\b[^,.;:!?]{2,30}(?=,)|Yesterday|Today|Tomorrow),? |"
@@ -983,7 +1052,7 @@ class Miner:
              rf"(?P<subject>{NAME}|{ARTICLE}(?: [a-z-]+){{1,3}}?(?: {NAME})?|He|She|They|We|I|It|he|she|they|we|it) ")
     NO_TIME = re.compile("At (?:last|first|once|least)|In (?:fact|short|all)")
     STOP = re.compile(rf" (?:{CLAUSES})\b|[.;!?:,\"(]| --")
-    THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,]*)(?: [\w'-]+){{1,4}}|{NAME}")
+    THING = re.compile(rf"(?:{ARTICLE}|all|many|no|{'|'.join(sorted(NUMBERS))}|\d[\d,{POINT}]*)(?: [\w'-]+){{1,4}}|{NAME}")
     SPLIT = re.compile(r"[,;] (?:and|but|so|for) |[,;] (?=(?:when|while|because|where) )|(?<=[a-z]) (?:when|while|because) |; ")
     NAMED = re.compile(rf"\b{ARTICLE}(?: [a-z-]+){{0,2}}? (?P<kind>[a-z-]+),? (?:who was |which was |whose name was )?(?:named|called) (?P<name>{NAME})")
     APPOSED = re.compile(rf"\b(?P<before>{ARTICLE}(?: [a-z-]+)?? )(?P<kind>[a-z-]+)(?: (?P<name>{NAME})|, (?P<aside>{NAME}),)")
@@ -1013,8 +1082,8 @@ class Miner:
         """-> {question: [answers that the text gives]}"""
         asked = defaultdict(list)
         for sentence in sentences_of(text):
-            for question, answer in self.ask(sentence):
-                question = question[:1].upper() + question[1:]
+            for question, answer in self.ask(points(sentence)):
+                question, answer = question[:1].upper() + question[1:].replace(POINT, "."), answer.replace(POINT, ".")
                 if 0 < len(answer.split()) <= 12 and answer not in asked[question]:
                     asked[question].append(answer)
         return asked
@@ -1232,7 +1301,16 @@ def third(base):
 
 
 def sentences_of(text):
-    return re.split(r"(?<=[.!?])(?<!\bMr\.)(?<!\bDr\.)(?<!\bMrs\.)(?<!\bSt\.) +|\n+", text)
+    """
+    >>> sentences_of("At 4.30 p.m. Mrs. Li came. She had $2.50 left.")
+    ['At 4.30 p.m. Mrs. Li came.', 'She had $2.50 left.']
+    """
+    return [sentence.replace(POINT, ".") for sentence in re.split(r"(?<=[.!?]) +|\n+", points(text))]
+
+
+def points(text):
+    """With POINT for each full stop that ends no sentence: of a number, of an abbreviation, of an initial."""
+    return ABBREVIATION.sub(lambda m: m[0].replace(".", POINT), text)
 
 
 # ---------------------------------------------------------------------------- examples and batches
@@ -1248,7 +1326,7 @@ class Examples:
     def __init__(self, stage, tokenizer, context_length=256, conversation_length=384, texts=(), records=(), seed=0, max_facts=8,
                  text_share=0.5, record_share=0.15, question_share=0.0, curriculum=0,
                  copy_share=0.2, plain_share=0.1, split="train", wild_share=0.0, packing=0.4, random_share=0.0, recall_share=0.0, rival_share=0.0,
-                 conversations=1, max_turns=10, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0, skip_scenes=""):
+                 conversations=1, max_turns=10, mined_share=0.0, scene_share=0.0, company_share=0.0, exchange_share=0.0, typed_share=0.0, skip_scenes=""):
         self.stage, self.tokenizer, self.seed = stage, tokenizer, seed
         self.context_length, self.conversation_length = context_length, conversation_length
         self.texts, self.records = texts, records
@@ -1273,6 +1351,7 @@ class Examples:
         self.conversations = conversations        # about one text in a question example: at most so many, as far as they fit
         self.max_turns = max_turns                # questions of one conversation, at most 8 on a real text
         self.rival_share = rival_share            # share of generated texts whose facts are mostly of one kind, about several people
+        self.typed_share = typed_share            # share of texts that are typed as a typist would
         self.packing = packing                    # chance that one more short text joins a reconstruction example
         self.curriculum = curriculum              # texts grow from 2 facts to max_facts over this many examples
 
@@ -1295,7 +1374,8 @@ class Examples:
             words = (self.tokenizer.decode([rng.randrange(self.tokenizer.end)]).strip() for _ in range(rng.randint(2, 24)))
             return " ".join(w if w and w.isprintable() and "\ufffd" not in w else "," for w in words)
         if rng.random() >= self.text_share:
-            return self.source.sample(rng, rng.choice((1, 1, 2, 2, 3, 4, 6)), 1)["context"]
+            text = self.source.sample(rng, rng.choice((1, 1, 2, 2, 3, 4, 6)), 1)["context"]
+            return typist(text, rng)(text) if self.typed_share and rng.random() < self.typed_share else text
         document = rng.choice(self.texts)
         start = rng.randrange(max(1, len(document) - 200))
         start = document.find(" ", start) + 1 if start else 0
@@ -1304,7 +1384,15 @@ class Examples:
         return (piece[:stop + 1] if stop > 20 else piece).strip() or "Nothing."
 
     def record(self, rng, count=1):
-        """A text and up to `count` conversations about it, (context, [turns]): generated, or real."""
+        """A text and up to `count` conversations about it, (context, [turns]): generated, or real; a share of them as a typist has it."""
+        context, conversations = self.found(rng, count)
+        if not self.typed_share or rng.random() >= self.typed_share:
+            return context, conversations
+        typed = typist(context, rng)
+        return typed(context), [[(role, typed(text, role == "user")) for role, text in turns] for turns in conversations]
+
+    def found(self, rng, count):
+        """`record` before a typist has it."""
         found = None
         if rng.random() < self.record_share:
             record = rng.choice(rng.choice(self.records))

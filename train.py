@@ -62,11 +62,11 @@ STAGES = {  # the defaults of each stage; more of them in COMMON
     "finetune": dict(lr=1e-3, muon_lr=2e-3, warmup=100, batch=32, weight_decay=0.01, betas=(0.9, 0.999), curriculum=0, minutes=10),
 }
 COMMON = dict(accumulate=1, question_share=0.0, conversations=1, max_turns=10, packing=0.4, text_share=0.5, record_share=0.15, wild_share=0.3, random_share=0.15,
-              rival_share=0.25, mined_share=0.15, scene_share=0.25, company_share=0.5, exchange_share=0.3)
+              rival_share=0.25, mined_share=0.15, scene_share=0.25, company_share=0.5, exchange_share=0.3, typed_share=0.3)
 SIZES = dict(rank=72, meta_rank=24, lora_layers=0, answer_rank=8, m2p_layers=4, context_length=192, conversation_length=256)      # of a new hypernetwork
 PAPER = dict(batch=1, accumulate=4, muon_lr=0.0, rank=8, meta_rank=128, m2p_layers=4, m2p_norm=False, static_a=False, scale=0.001, packing=1.0,      # section 6, on 8 GPUs;
              text_share=1.0, record_share=1.0, wild_share=0.0, random_share=0.0, rival_share=0.0, mined_share=0.0, scene_share=0.0, company_share=0.0,
-             exchange_share=0.0)                                     # real text only
+             exchange_share=0.0, typed_share=0.0)                    # real text only
 PAPER_STAGES = {  # --preset paper, or paper-1qa in the finetune stage
     ("pretrain", "paper"): dict(lr=5e-5, warmup=200, context_length=1141, conversation_length=1150),
     ("finetune", "paper"): dict(lr=3e-5, warmup=400, context_length=1150, conversation_length=1150),
@@ -400,6 +400,7 @@ def flags():
     add("--scene-share", type=share, help="share (default 0.25) of generated texts that are one scene of assets/scenes")
     add("--company-share", type=share, help="share (default 0.5) of these scenes that stand in a text with one to three single facts about others")
     add("--exchange-share", type=share, help="share (default 0.3) of the values of a scene's own lists that come from another scene's, among those that look alike")
+    add("--typed-share", type=share, help="share (default 0.3) of texts with short units, prices in signs, titles with a full stop and the like, or in small letters (data.typist)")
     add("--skip-scenes", default="", metavar="BEGINNINGS", help="scenes to leave out, by how their names begin (fh_,hm_), to test on them: benchmarks.quality --scenes")
     add("--mined-share", type=share, help="share (default 0.15 where --text gives some) of conversations on pieces of plain text (data.Miner)")
     add("--recall-share", type=share, default=0.0, help="question examples: share that asks for the whole text too (<RECON>)")
@@ -771,7 +772,7 @@ class Run:
         self.examples = Examples(args.stage, self.tokenizer, args.context_length, args.conversation_length, texts, records, args.seed, args.max_facts,
                                  **{name: getattr(args, name) for name in (
                                      "text_share", "record_share", "question_share", "curriculum", "copy_share", "plain_share", "wild_share", "packing",
-                                     "random_share", "recall_share", "rival_share", "conversations", "max_turns", "mined_share", "scene_share", "company_share", "exchange_share", "skip_scenes")})
+                                     "random_share", "recall_share", "rival_share", "conversations", "max_turns", "mined_share", "scene_share", "company_share", "exchange_share", "typed_share", "skip_scenes")})
         self.unseen = Unseen(args, self.tokenizer)
         self.optimizers, self.clips = make_optimizers(self.module, args.lr, args.muon_lr, args.weight_decay, args.betas, args.moments16, dtype, args.read_lr)
         self.state = {"step": 0, "seconds": 0.0, "waited": 0.0, "samples": 0, "tokens": 0, "metrics": {}}

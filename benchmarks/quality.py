@@ -27,7 +27,7 @@ import torch
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Parser, Source, collate, positive, read_conversations, render, run
+from data import Parser, Source, collate, positive, read_conversations, render, run, typist
 from model import UserError, flatten, lora_layout, pick_device, read_json, write_json
 from shine import DEFAULT_MODEL, Shine, answer_batch
 from train import Peak, evaluate, token_accuracy
@@ -267,6 +267,7 @@ def parse(argv):
         "--baselines: of those only what starts from the generated LoRA, if SHINE is named")
     add("--baselines", action="store_true", help="also LoRAs trained by gradient, and what each condition costs")
     add("--rates", metavar="RESULT", help="with --baselines: learning rates and costs as this result has them, not found anew")
+    add("--typed", action="store_true", help="the texts and what is said about them as people type: short units, signs of money, small letters (data.typist)")
     add("--limit", type=positive(int), help="at most so many texts of the set, evenly spread over it")
     add("--model", default=str(DEFAULT_MODEL))
     add("--json", metavar="OUT", help="write everything measured")
@@ -296,7 +297,19 @@ def reconstruction(shine, texts, longest=128, batch=50):
 
 
 def texts(args):
-    """The records that the flags ask for, of a file or generated."""
+    """The records that the flags ask for, of a file or generated; --typed: as a typist has each."""
+    return [as_typed(record, random.Random(i)) for i, record in enumerate(found(args))] if args.typed else found(args)
+
+
+def as_typed(record, rng):
+    """A record in another way of writing; what was right stays right."""
+    typed = typist(record["context"], rng)
+    turns = [turn | {"content": typed(turn["content"], turn["role"] == "user")} for turn in record["conversations"]]
+    golds = record.get("accept") or [[turn["content"]] for turn in record["conversations"][1::2]]
+    return record | {"context": typed(record["context"]), "conversations": turns, "accept": [[*gold, *map(typed, gold)] for gold in golds]}
+
+
+def found(args):
     if args.data:
         records = read_conversations(args.data)
         n, wanted = len(records), min(args.limit or len(records), len(records))
@@ -315,7 +328,7 @@ def main(argv=None):
     shine, records = Shine.load(args.model, device, dtype), texts(args)
     longer = sum(shine.encode_context(r["context"])[1] > 0 for r in records)
     about = {"set": Path(args.data).name if args.data else f"{args.generate} generated texts, split {args.split}, seed {args.seed}"
-             + (f", scenes {args.scenes or 'of all names'}" if args.scenes is not None else ""),
+             + (f", scenes {args.scenes or 'of all names'}" if args.scenes is not None else "") + ", as people type" * args.typed,
              "model": Path(args.model).name, "language model": shine.base_id, "machine": why, "threads": torch.get_num_threads(),
              "torch": torch.__version__, "texts": len(records), "texts cut to the model's length": longer}
     if different := [k for k in ("set", "language model", "texts") if kept.get(k, about[k]) != about[k]]:

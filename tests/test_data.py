@@ -425,6 +425,33 @@ def test_values_are_exchanged_between_scenes(tokenizer):
     assert sum(value in kind for kind, value in lent) < 0.4 * len(lent) > 100      # some look like no other
 
 
+def test_a_typist_changes_text_questions_and_answers_alike(tokenizer):
+    """What an answer copies from a text it still copies when both are typed in another way; every way is met."""
+    plain, typed = (Examples("finetune", tokenizer, scene_share=0.4, exchange_share=0.3, typed_share=share, seed=3) for share in (0.0, 1.0))
+    copied, seen = 0, " ".join(data.typist("", random.Random(i))("He paid 3 euros at 5 pm on 12 May.") for i in range(60))
+    for i in range(800):
+        (context, (turns,)), (context_typed, (turns_typed,)) = plain.record(random.Random(i)), typed.record(random.Random(i))
+        seen += context_typed + "\n"
+        for (role, text), (_, text_typed) in zip(turns, turns_typed):
+            if role == "assistant" and text in context:
+                copied += text != text_typed
+                assert text_typed in context_typed, (text, text_typed, context_typed)
+            assert text_typed == data.UNKNOWN or text != data.UNKNOWN
+    assert copied > 500
+    for form in (r"\$\d", r"€\d", r"\d €", r"£\d", r"\d ?km\b", r"\d ?%", r"-\d+ ?°C", r"\bMrs?\. [A-Z]", r"Prof\. ", r"\d [ap]\.m\.", r"(March|June|July|May) \d", r"\d(th|st) [A-Z]",
+                 "’", "“", "”", "[áéèíóöúñç]", r"(?m)^[^A-Z]{60,}$"):
+        assert re.search(form, seen), form
+    typist = data.typist("It weighs two pounds.", random.Random(170))
+    assert typist("It weighs two pounds.") == "It weighs 2 pounds."      # no price
+
+
+def test_full_stops_that_end_no_sentence():
+    text = "Dr. Li met Mr. J. Ross at 4.30 p.m. in No. 5. She had 2.5 kilos of rice, i.e. enough. So did I. The fox left at 6 p.m. They slept."
+    assert data.sentences_of(text) == ["Dr. Li met Mr. J. Ross at 4.30 p.m. in No. 5.", "She had 2.5 kilos of rice, i.e. enough.", "So did I.", "The fox left at 6 p.m.", "They slept."]
+    assert ("Who did he meet?", "Ms. Lee") in data.Miner()("He met Ms. Lee at 5 a.m. in the park.")
+    assert not any(data.POINT in part for pair in data.Miner()(text) for part in pair)
+
+
 def test_follow_ups_stand_behind_their_question(tmp_path):
     (tmp_path / "words").mkdir(), (tmp_path / "scenes").mkdir(), (tmp_path / "frames").mkdir()
     for kind in ("x", "names_female", "names_male", "newname", "petname", "city", "newplace"):

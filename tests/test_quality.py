@@ -262,3 +262,17 @@ def test_the_mean_of_models_is_that_of_their_weights(shine, tmp_path):
         with pytest.raises(UserError, match=complaint):
             mean.main([str(tmp_path / "no"), "--model", *map(str, wrong)])
     assert not (tmp_path / "no").exists()
+
+
+def test_a_set_as_people_type(tmp_path):
+    """--typed writes text, questions and right answers in one way, and what was right stays right."""
+    path = tmp_path / "set.jsonl"
+    row = {"context": "Mrs Li paid 12 dollars.", "conversations": [{"role": "user", "content": "What did Mrs Li pay?"}, {"role": "assistant", "content": "12 dollars"}],
+           "accept": [["12 dollars", "12"]]}
+    path.write_text((json.dumps(row) + "\n") * 60)
+    plain, typed = (quality.texts(quality.parse(["--data", str(path), *flags])) for flags in ([], ["--typed"]))
+    assert all(record == row for record in plain) and len({record["context"] for record in typed}) > 4
+    for record in typed:
+        amount = record["conversations"][1]["content"]
+        assert amount in record["context"] and {"12 dollars", "12", amount} <= set(record["accept"][0])
+    assert {"$12", "12 dollars"} <= {record["conversations"][1]["content"] for record in typed}
