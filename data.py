@@ -1572,7 +1572,7 @@ def main(argv=None):
                  "language modelling, the text in the prompt"):
         print(f"\n=== {name}")
         examples = Examples("base" if "prompt" in name else "finetune", tokenizer, texts=texts, records=records, copy_share=0.0, scene_share=float("scene" in name),
-                            record_share=0.0 if "scene" in name else 0.5, max_turns=1 if name == "one question" else 4)
+                            record_share=0.0 if "scene" in name else 0.5, typed_share=0.3, max_turns=1 if name == "one question" else 4)
         for i in range(args.count):
             if "question" in name:
                 context, (turns,) = examples.record(rng)

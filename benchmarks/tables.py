@@ -18,10 +18,11 @@ RESULTS = ROOT / "benchmarks/results"
 PAGES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 CONDITIONS = ("shine", "in-context", "question")
 MODELS = ("small", "tiny")      # folders of checkpoints/ and of results/; the first is the one that shine.py takes
-SETS = {"strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
+SETS = {"typed": "the generated texts as people type", "strangers": "strangers dev, 61 texts", "strangers_test": "strangers test, 60 texts",
+        "strangers_wide": "strangers in other words, dev, 60 texts", "strangers_wide_test": "strangers in other words, test, 100 texts",
         "babi_dev": "bAbI dev, 250 contexts", "fairytaleqa": "FairytaleQA val, 200 sections (cut to {lengths} tokens)",
         "squad_dev": "SQuAD (XQuAD English) dev", "new_scenes": "scenes these weights have not met, 150 texts"}
-SHORT = {"strangers": "strangers dev", "strangers_test": "strangers test", "babi_dev": "bAbI", "fairytaleqa": "FairytaleQA", "squad_dev": "SQuAD", "new_scenes": "scenes"}
+SHORT = {"strangers": "strangers dev", "strangers_test": "strangers test", "strangers_wide": "other words dev", "strangers_wide_test": "other words test", "babi_dev": "bAbI", "fairytaleqa": "FairytaleQA", "squad_dev": "SQuAD", "new_scenes": "scenes"}
 
 
 def read(name):
