@@ -871,6 +871,7 @@ def typist(context, rng):
     gap, behind, point, noon = rng.choice(("", " ")), rng.random() < 0.3, rng.choice(":.."), rng.choice((" am", "am", " a.m.", " AM"))
     order = rng.choice(("{1} {0}", "{0} {2}", "{2} {0}", "{1} {0}{3}", "{0}{3} {1}"))      # {0} day, {1} month, {2} its first letters, {3} th
     pounds = PRICED.search(context)      # else they may be a weight
+    kept = {UNKNOWN, *(reply for _, reply in small_talk())}
 
     def money(m):
         amount, many, sign = m[1], m[2] or "", SHORT[m[3]]
@@ -894,8 +895,6 @@ def typist(context, rng):
         (re.compile("'"), lambda m: "’"),
         (re.compile('"([^"]*)"'), r"“\1”")) if rng.random() < 0.7]
     small, small_too = rng.random() < 0.15, rng.random() < 0.5
-
-    kept = {UNKNOWN, *(reply for _, reply in small_talk())}
 
     def typed(text, question=False):
         if text in kept:
