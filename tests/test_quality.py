@@ -198,7 +198,7 @@ def test_texts_are_grouped_by_their_length():
 
 def test_a_part_of_a_set_is_spread_over_it(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record(f"{i}.")) for i in range(10)))
-    asked = lambda limit: [int(float(r["context"])) for r in quality.texts(argparse.Namespace(data=str(tmp_path / "a.jsonl"), limit=limit))]
+    asked = lambda limit: [int(float(r["context"])) for r in quality.texts(argparse.Namespace(data=str(tmp_path / "a.jsonl"), limit=limit, typed=False))]
     assert asked(None) == asked(99) == list(range(10)) and asked(5) == [0, 2, 4, 6, 8] and asked(7) == [0, 1, 2, 4, 5, 7, 8]
 
 
