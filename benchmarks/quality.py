@@ -298,7 +298,7 @@ def reconstruction(shine, texts, longest=128, batch=50):
 
 def texts(args):
     """The records that the flags ask for, of a file or generated; --typed: as a typist has each."""
-    return [as_typed(record, random.Random(i)) for i, record in enumerate(found(args))] if args.typed else found(args)
+    return [as_typed(record, random.Random(i)) for i, record in enumerate(untyped(args))] if args.typed else untyped(args)
 
 
 def as_typed(record, rng):
@@ -309,7 +309,8 @@ def as_typed(record, rng):
     return record | {"context": typed(record["context"]), "conversations": turns, "accept": [[*gold, *map(typed, gold)] for gold in golds]}
 
 
-def found(args):
+def untyped(args):
+    """`texts` before a typist has them."""
     if args.data:
         records = read_conversations(args.data)
         n, wanted = len(records), min(args.limit or len(records), len(records))

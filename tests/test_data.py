@@ -428,7 +428,7 @@ def test_values_are_exchanged_between_scenes(tokenizer):
 def test_a_typist_changes_text_questions_and_answers_alike(tokenizer):
     """What an answer copies from a text it still copies when both are typed in another way; every way is met."""
     plain, typed = (Examples("finetune", tokenizer, scene_share=0.4, exchange_share=0.3, typed_share=share, seed=3) for share in (0.0, 1.0))
-    copied, seen = 0, " ".join(data.typist("", random.Random(i))("He paid 3 euros at 5 pm on 12 May.") for i in range(60))
+    copied, asked, seen = 0, Counter(), " ".join(data.typist("", random.Random(i))("He paid 3 euros at 5 pm on 12 May.") for i in range(60))
     for i in range(800):
         (context, (turns,)), (context_typed, (turns_typed,)) = plain.record(random.Random(i)), typed.record(random.Random(i))
         seen += context_typed + "\n"
@@ -437,7 +437,11 @@ def test_a_typist_changes_text_questions_and_answers_alike(tokenizer):
                 copied += text != text_typed
                 assert text_typed in context_typed, (text, text_typed, context_typed)
             assert text_typed == data.UNKNOWN or text != data.UNKNOWN
-    assert copied > 500
+            if role == "user":
+                asked["typed"] += text_typed.lower() != text.lower()
+                if context_typed == context_typed.lower() and re.match("[A-Z]", text):
+                    asked["small" if text_typed[0].islower() else "as it was"] += 1
+    assert copied > 500 and min(asked[kind] for kind in ("typed", "small", "as it was")) > 50, asked
     for form in (r"\$\d", r"€\d", r"\d €", r"£\d", r"\d ?km\b", r"\d ?%", r"-\d+ ?°C", r"\bMrs?\. [A-Z]", r"Prof\. ", r"\d [ap]\.m\.", r"(March|June|July|May) \d", r"\d(th|st) [A-Z]",
                  "’", "“", "”", "[áéèíóöúñç]", r"(?m)^[^A-Z]{60,}$"):
         assert re.search(form, seen), form
